@@ -1,0 +1,1 @@
+"""Ray shells around the science: thin, and without science of their own."""

@@ -1,0 +1,1 @@
+"""How work meets machines: connecting and dispatch."""

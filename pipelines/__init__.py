@@ -1,0 +1,1 @@
+"""What a person starts: one module a run, and the command line."""

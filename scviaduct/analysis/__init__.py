@@ -1,0 +1,1 @@
+"""What people ask of a joint embedding; empty until its issue asks."""

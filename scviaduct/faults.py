@@ -1,0 +1,33 @@
+"""Named points at which a test kills the process, to prove that nothing is lost.
+
+``SCVIADUCT_FAULT=NAME@FILE`` makes the first process that reaches :func:`point` ``NAME`` create ``FILE`` and end by
+SIGKILL, as a lost node would. ``FILE`` marks that it happened, so that it happens once. Without the variable a point
+costs one dictionary look-up.
+
+Points, in the order that a unit meets them: ``read`` (a reader holds the shard), ``encode`` (an actor holds the block),
+``staged`` (the unit's files are written), ``recorded`` (its completion record is), ``latents-committed`` (inside the
+commit, between the two tables), ``committed`` (after the commit point).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+POINTS = ("read", "encode", "staged", "recorded", "latents-committed", "committed")
+
+
+def point(name: str) -> None:
+    """End this process here if the environment asks for it, once."""
+    wanted = os.environ.get("SCVIADUCT_FAULT")
+    if wanted is None:
+        return
+    fault, _, marker = wanted.partition("@")
+    if fault != name:
+        return
+    try:
+        Path(marker).touch(exist_ok=False)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)

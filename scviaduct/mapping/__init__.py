@@ -1,0 +1,1 @@
+"""From a block of counts to latents and labels."""

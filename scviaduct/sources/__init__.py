@@ -1,0 +1,1 @@
+"""Where query cells come from, cut into shards."""
