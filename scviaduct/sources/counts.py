@@ -1,0 +1,150 @@
+"""Counts on their way out: genes mapped, sparse, sorted, in memory that is bounded.
+
+Memory: one slab of the source, at most ``SLAB_BYTES``, plus the block that grows. Nothing here depends on the size of
+the source. A cell's counts are never dense but in a slab of a matrix that is stored dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from scviaduct.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import numpy.typing as npt
+
+    from scviaduct.values import FloatArray, IntArray, LongArray
+
+SLAB_BYTES = 64 << 20
+"""Bytes that a reader holds of the source at a time, decoded."""
+_GAP = 32
+"""Rows between two selected ones that are read rather than skipped: a request costs more than they do."""
+
+
+@dataclass(frozen=True, slots=True)
+class GeneTarget:
+    """Where the genes of a source go.
+
+    Attributes
+    ----------
+    columns
+        int32, shape ``(n_source_genes,)``; column in the block, -1 for a gene that is dropped.
+    n_genes
+        Width of the block.
+    """
+
+    columns: IntArray
+    n_genes: int
+
+    @classmethod
+    def of(
+        cls, genes: int, gene_map: IntArray | None, n_genes: int | None, absent: npt.NDArray[np.bool_] | None
+    ) -> GeneTarget:
+        """Check what the caller gave.
+
+        Parameters
+        ----------
+        genes
+            Number of genes of the source.
+        gene_map, n_genes
+            As in ``Source.read``; None keeps the source's genes.
+        absent
+            bool, shape ``(genes,)``; genes that ``var_filter`` leaves out.
+
+        Raises
+        ------
+        InputError
+            If the map does not fit the source or the width.
+        """
+        if gene_map is None:
+            columns, n_genes = np.arange(genes, dtype=np.int32), genes
+        else:
+            columns = np.asarray(gene_map, dtype=np.int32)
+            n_genes = int(columns.max(initial=-1)) + 1 if n_genes is None else n_genes
+        if len(columns) != genes:
+            raise InputError(
+                f"gene_map has {len(columns)} entries for {genes} source genes.", "Make it from genes(shard)."
+            )
+        if columns.max(initial=-1) >= n_genes:
+            raise InputError(f"gene_map points at column {columns.max()} of {n_genes}.", "Give a larger n_genes.")
+        if absent is not None:
+            columns = np.where(absent, np.int32(-1), columns)
+        return cls(columns, n_genes)
+
+    def align(self, indptr: LongArray, indices: npt.NDArray[np.integer], data: npt.NDArray[np.generic]) -> Rows:
+        """Map the genes of some rows, sum those that share a column, sort.
+
+        Parameters
+        ----------
+        indptr
+            int64, shape ``(n_rows + 1,)``, beginning at 0.
+        indices, data
+            Shape ``(nnz,)``; source genes and their values, of any numeric type.
+        """
+        columns = self.columns[indices]
+        kept = (columns >= 0) & (data != 0)
+        if not kept.all():
+            counted = np.concatenate(([0], np.cumsum(kept, dtype=np.int64)))
+            indptr, columns, data = counted[indptr], columns[kept], data[kept]
+        # scipy only sums 32-bit columns without a copy if the pointers are 32-bit too; a slab never has 2**31 values.
+        matrix = sparse.csr_matrix(
+            (data.astype(np.float32, copy=False), columns, indptr.astype(np.int32)),
+            shape=(len(indptr) - 1, self.n_genes),
+        )
+        matrix.sum_duplicates()
+        return Rows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
+
+
+class Rows(NamedTuple):
+    """A few rows as CSR: int64 pointers from 0, int32 columns in order, float32 values."""
+
+    indptr: LongArray
+    indices: IntArray
+    data: FloatArray
+
+    def take(self, chosen: LongArray) -> Rows:
+        """Some of the rows, by position, ascending."""
+        lengths = np.diff(self.indptr)
+        if len(chosen) == len(lengths):
+            return self
+        kept = np.zeros(len(lengths), np.bool_)
+        kept[chosen] = True
+        values = np.repeat(kept, lengths)
+        indptr = np.concatenate(([0], np.cumsum(lengths[chosen])))
+        return Rows(indptr, self.indices[values], self.data[values])
+
+
+def assemble(parts: Iterable[Rows]) -> Rows:
+    """Put rows under each other; each kind of array is joined and let go before the next."""
+    pointers, columns, values = [np.zeros(1, np.int64)], [], []
+    total = 0
+    for part in parts:
+        pointers.append(part.indptr[1:] + total)
+        columns.append(part.indices)
+        values.append(part.data)
+        total += len(part.data)
+    indices = np.concatenate([np.zeros(0, np.int32), *columns])
+    columns.clear()
+    data = np.concatenate([np.zeros(0, np.float32), *values])
+    return Rows(np.concatenate(pointers), indices, data)
+
+
+def runs(rows: LongArray) -> Iterator[tuple[int, int, LongArray]]:
+    """Stretches of the source that hold the selected rows.
+
+    Yields
+    ------
+    tuple
+        First row, row after the last, and the selected positions within, int64.
+    """
+    if not len(rows):
+        return
+    breaks = np.flatnonzero(np.diff(rows) > _GAP) + 1
+    for run in np.split(rows, breaks):
+        yield int(run[0]), int(run[-1]) + 1, run - run[0]

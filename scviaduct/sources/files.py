@@ -1,0 +1,192 @@
+"""h5ad and zarr files, local or behind an fsspec URL."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import zarr
+from zarr.storage import FsspecStore
+
+from scviaduct.errors import SourceChangedError, SourceError
+from scviaduct.sources.content import Content, Place, contents, nothing_at
+from scviaduct.sources.filters import parse_filter
+from scviaduct.sources.layers import choose_layer
+from scviaduct.sources.obs import PRIMARY, Cells, RowRule, normal, select
+from scviaduct.sources.ondisk import REWRITE, Frame
+from scviaduct.sources.source import BATCH_ROWS, MAX_VAR_COLUMNS, REPLAN, TableSource, without_genes
+from scviaduct.sources.uri import Address, local_path, quoted_url
+from scviaduct.values import GeneTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from scviaduct.sources.counts import GeneTarget, Rows
+    from scviaduct.values import LongArray, Shard
+
+
+class FileSource(TableSource):
+    """One AnnData file.
+
+    Parameters
+    ----------
+    address
+        Decoded; ``version`` in it is compared with the content.
+    place
+        What lies there, if it was looked up already.
+    content
+        What it held, if that is known already.
+
+    Raises
+    ------
+    SourceError
+        If the file is missing, is not AnnData of a current encoding, or lacks the layer or a named column.
+    SourceChangedError
+        If the content is not that of the version in the address, or changes while it is opened.
+    """
+
+    def __init__(self, address: Address, place: Place | None = None, content: Content | None = None) -> None:
+        self._place = place or Place.of(address.location)
+        self._content = content or contents([self._place])[0]
+        self.version = self._content.version
+        self.source = quoted_url(address.location)
+        planned = address.parameters.get("version", self.version)
+        if planned != self.version:
+            raise SourceChangedError(
+                f"{self.source} was planned as version {planned} and is {self.version} now.", REPLAN
+            )
+        self._handles = contextlib.ExitStack()
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._handles.close)
+            self._open(address)
+            if not self.is_current():
+                raise SourceChangedError(f"{self.source} changed while it was being identified.", REPLAN)
+            on_error.pop_all()
+
+    def _open(self, address: Address) -> None:
+        root = _open_root(self._place, self._handles)
+        if "obs" not in root:
+            raise SourceError(f"{self.source} is not an AnnData file: it has no obs.", REWRITE)
+        self._obs = Frame(root["obs"], f"obs of {self.source}")
+        layer = choose_layer(root, address.parameters.get("layer"), self.source)
+        self._layer, self._why = layer.name, layer.why
+        self._matrix, self._var = layer.matrix, layer.var
+        if self._matrix.shape[0] != len(self._obs):
+            raise SourceError(
+                f"{layer.name} of {self.source} has {self._matrix.shape[0]} cells, its obs {len(self._obs)}.", REWRITE
+            )
+        key = self._column(address, "key") or self._obs.index
+        dataset = self._column(address, "dataset")
+        primary = PRIMARY in self._obs.columns and self._obs.is_bool(PRIMARY) and not address.keeps_duplicates
+        self._rule = RowRule(key, dataset, "" if dataset else stem(address.location), primary, self.source)
+        self._filter = parse_filter(address.parameters["filter"]) if "filter" in address.parameters else None
+        if self._filter:
+            self._filter.check((*self._obs.columns, self._obs.index), f"obs of {self.source}")
+        self.n_genes = len(self._var)
+        self.absent_genes = self._absent_genes(address.parameters.get("var_filter"))
+        pinned = address.pinned(layer=layer.name, key=key, version=self.version)
+        self.uri, self.selection = str(pinned), pinned.selection
+
+    def _column(self, address: Address, parameter: str) -> str:
+        name = address.parameters.get(parameter, "")
+        if name and name not in (*self._obs.columns, self._obs.index):
+            raise SourceError(
+                f"{parameter}={name}: {self.source} has no such obs column.",
+                f"There are: {', '.join(self._obs.columns)}.",
+            )
+        return name
+
+    def _absent_genes(self, text: str | None) -> npt.NDArray[np.bool_] | None:
+        if text is None:
+            return None
+        where = f"var of {self.source}"
+        chosen = parse_filter(text)
+        chosen.check((*self._var.columns, self._var.index), where)
+        table = {name: normal(self._var.read(name, 0, self.n_genes), name, where) for name in chosen.columns}
+        return ~chosen.mask(pa.table(table))
+
+    def describe(self) -> dict[str, str]:
+        """See :meth:`~scviaduct.sources.source.Source.describe`."""
+        rows, genes = self._matrix.shape
+        return {
+            "kind": "zarr" if self._place.is_folder else "h5ad",
+            "place": self.source,
+            "size": f"{rows:,} rows x {genes:,} genes",
+            "layer": self._layer,
+            "why": self._why,
+            "key": self._rule.key,
+            "dataset": f"obs column {self._rule.dataset}" if self._rule.dataset else self._rule.dataset_name,
+            "duplicates": "left out (is_primary_data)" if self._rule.primary_only else "kept",
+        }
+
+    def obs_columns(self) -> tuple[str, ...]:
+        """Names of the obs columns."""
+        return self._obs.columns
+
+    def genes(self, shard: Shard | None = None) -> GeneTable:  # noqa: ARG002
+        """See :meth:`~scviaduct.sources.source.Source.genes`."""
+        names = [name for name in self._var.columns if self._var.is_text(name)][:MAX_VAR_COLUMNS]
+        held = {"index": self._var.index, **{name: name for name in names if name != "index"}}
+        columns = {}
+        for label, name in held.items():
+            values = normal(self._var.read(name, 0, self.n_genes), name, f"var of {self.source}")
+            columns[label] = without_genes(values.fill_null("").to_pylist(), self.absent_genes)
+        return GeneTable(columns)
+
+    def cells(self, columns: tuple[str, ...], start: int = 0, stop: int | None = None) -> Iterator[Cells]:
+        """See :meth:`~scviaduct.sources.source.TableSource.cells`."""
+        stop = len(self._obs) if stop is None else min(stop, len(self._obs))
+        filtered = self._filter.columns if self._filter else ()
+        needed = tuple(dict.fromkeys((*self._rule.columns, *filtered, *columns)))
+        for first in range(start, stop, BATCH_ROWS):
+            last = min(first + BATCH_ROWS, stop)
+            table = pa.table({name: self._obs.read(name, first, last) for name in needed})
+            passed = None
+            if self._filter:
+                plain = {name: normal(table[name], name, f"obs of {self.source}") for name in filtered}
+                passed = self._filter.mask(pa.table(plain))
+            yield select(np.arange(first, last, dtype=np.int64), table, self._rule, columns, passed)
+
+    def counts(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
+        """See :meth:`~scviaduct.sources.source.TableSource.counts`."""
+        return self._matrix.read(rows, target)
+
+    def is_current(self) -> bool:
+        """Whether size and time of the file are still those of when it was opened."""
+        seen = self._content.stamp
+        return seen is None or (bool(self._place.fs.exists(self._place.path)) and self._place.stamp() == seen)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handles.close()
+
+
+def stem(url: str) -> str:
+    """Name of a file without ``.h5ad`` or ``.zarr``; its ``dataset_id`` unless a column names it."""
+    name = PurePosixPath(url).name
+    return name.removesuffix(".h5ad").removesuffix(".zarr")
+
+
+def _open_root(place: Place, handles: contextlib.ExitStack) -> Any:
+    """Root group of an h5ad or zarr file; what has to be closed goes to ``handles``."""
+    local = local_path(place.url)
+    try:
+        if place.is_folder:
+            store = str(local) if local else FsspecStore.from_url(place.url, read_only=True)
+            return zarr.open_group(store, mode="r")
+        file = local or handles.enter_context(place.fs.open(place.path, "rb"))
+        # Some network file systems know no locks; a reader of a pinned file needs none.
+        return handles.enter_context(h5py.File(file, "r", locking="best-effort" if local else None))
+    except FileNotFoundError as error:
+        raise nothing_at(place.url) from error
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{quoted_url(place.url)} cannot be opened as HDF5 or zarr ({error}).",
+            "Give a .h5ad file, a .zarr store or a folder.",
+        ) from error

@@ -1,0 +1,237 @@
+"""AnnData's on-disk elements, read by slice: data frames and matrices in h5py or zarr groups alike.
+
+The encodings are those of https://anndata.readthedocs.io/en/stable/fileformat-prose.html, data frames of version 0.2.0
+(anndata 0.8 and later). anndata itself reads whole elements; a stream needs slices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+
+from scviaduct.errors import SourceError
+from scviaduct.sources.counts import SLAB_BYTES, Rows, runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from scviaduct.sources.counts import GeneTarget
+    from scviaduct.values import LongArray
+
+VALUE_BYTES = 40
+"""What one stored value costs while its slab is worked on: itself, its gene, and their mapped copies."""
+REWRITE = "Write it again with a current anndata: anndata.read_h5ad(PATH).write_h5ad(PATH)."
+_NULLABLE = ("nullable-integer", "nullable-boolean", "nullable-string-array")
+_COLUMNS = ("array", "string-array", "categorical", *_NULLABLE)
+
+
+def encoding(element: Any) -> str:
+    """``encoding-type`` of an element, empty if it has none."""
+    return _text(element.attrs.get("encoding-type", ""))
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _strings(dataset: Any, start: int, stop: int) -> list[str]:
+    values = dataset.asstr()[start:stop] if isinstance(dataset, h5py.Dataset) else dataset[start:stop]
+    return list(values.tolist())
+
+
+def _is_string(dataset: Any) -> bool:
+    return encoding(dataset) == "string-array" or dataset.dtype.kind in "OTUS"
+
+
+class Frame:
+    """A data frame (``obs`` or ``var``) on disk.
+
+    Parameters
+    ----------
+    group
+        Its h5py or zarr group.
+    where
+        File and element, for messages.
+
+    Raises
+    ------
+    SourceError
+        If it is not a data frame of the current encoding.
+    """
+
+    def __init__(self, group: Any, where: str) -> None:
+        version = _text(group.attrs.get("encoding-version", "none"))
+        if encoding(group) != "dataframe" or version != "0.2.0":
+            raise SourceError(
+                f"{where} is in an encoding of old ('{encoding(group) or 'no encoding-type'}', version {version}).",
+                REWRITE,
+            )
+        self._group = group
+        self._where = where
+        self.index = _text(group.attrs["_index"])
+        self.columns = tuple(_text(name) for name in group.attrs["column-order"])
+        self._categories: dict[str, pa.Array] = {}
+
+    def __len__(self) -> int:
+        index = self._group[self.index]
+        if hasattr(index, "keys"):
+            index = index["codes"] if encoding(index) == "categorical" else index["values"]
+        return int(index.shape[0])
+
+    def is_text(self, name: str) -> bool:
+        """Whether a column holds strings or categories of strings."""
+        element = self._group[name]
+        match encoding(element):
+            case "categorical":
+                return _is_string(element["categories"])
+            case "string-array" | "nullable-string-array":
+                return True
+            case "array":
+                return bool(element.dtype.kind in "OTUS")
+        return False
+
+    def is_bool(self, name: str) -> bool:
+        """Whether a column holds booleans."""
+        element = self._group[name]
+        kind = encoding(element)
+        return kind == "nullable-boolean" or (kind == "array" and element.dtype.kind == "b")
+
+    def read(self, name: str, start: int, stop: int) -> pa.Array:
+        """Rows ``[start, stop)`` of a column (or of the index), as Arrow; categories stay dictionary-encoded.
+
+        Raises
+        ------
+        SourceError
+            If the column is in an encoding that holds no scalars.
+        """
+        element = self._group[name]
+        match encoding(element):
+            case "categorical":
+                codes = element["codes"][start:stop]
+                indices = pa.array(codes.astype(np.int32), mask=codes < 0)
+                return pa.DictionaryArray.from_arrays(indices, self._categories_of(name, element))
+            case "nullable-integer" | "nullable-boolean" | "nullable-string-array":
+                values, mask = element["values"], element["mask"][start:stop]
+                held = _strings(values, start, stop) if _is_string(values) else values[start:stop]
+                return pa.array(held, mask=mask)
+            case "array" | "string-array":
+                return self._plain(element, start, stop)
+        raise SourceError(
+            f"Column '{name}' of {self._where} has encoding '{encoding(element) or 'none'}'.",
+            f"Columns are read from {', '.join(_COLUMNS)}. {REWRITE}",
+        )
+
+    def _categories_of(self, name: str, element: Any) -> pa.Array:
+        if name not in self._categories:
+            held = element["categories"]
+            if encoding(held) in _NULLABLE:
+                held = held["values"]
+            self._categories[name] = self._plain(held, 0, held.shape[0])
+        return self._categories[name]
+
+    @staticmethod
+    def _plain(dataset: Any, start: int, stop: int) -> pa.Array:
+        if _is_string(dataset):
+            return pa.array(_strings(dataset, start, stop), pa.string())
+        values = dataset[start:stop]
+        return pa.array(values.astype(np.float32) if values.dtype == np.float16 else values)
+
+
+class SparseMatrix:
+    """A CSR matrix on disk.
+
+    Parameters
+    ----------
+    group
+        Its group: ``indptr``, ``indices``, ``data``.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._indptr, self._indices, self._data = group["indptr"], group["indices"], group["data"]
+        rows, genes = group.attrs["shape"]
+        self.shape = int(rows), int(genes)
+
+    def read(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
+        """Selected rows in order, a slab at a time."""
+        for start, stop, chosen in runs(rows):
+            indptr = self._indptr[start : stop + 1].astype(np.int64)
+            for first, last in _slabs(indptr):
+                low, high = int(indptr[first]), int(indptr[last])
+                inside = chosen[(chosen >= first) & (chosen < last)] - first
+                slab = target.align(indptr[first : last + 1] - low, self._indices[low:high], self._data[low:high])
+                yield slab.take(inside)
+
+    def sample(self, count: int) -> npt.NDArray[np.generic]:
+        """Some stored values: from the beginning, the middle and the end."""
+        total = int(self._data.shape[0])
+        starts = {0, max(0, (total - count) // 2), max(0, total - count)}
+        return np.concatenate([self._data[start : start + count] for start in sorted(starts)])
+
+
+class DenseMatrix:
+    """A dense matrix on disk, made sparse slab by slab.
+
+    Parameters
+    ----------
+    dataset
+        Its array of shape ``(n_cells, n_genes)``.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        rows, genes = dataset.shape
+        self.shape = int(rows), int(genes)
+
+    def read(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
+        """Selected rows in order, a slab at a time."""
+        size = max(1, SLAB_BYTES // (max(1, self.shape[1]) * (self._dataset.dtype.itemsize + VALUE_BYTES)))
+        for start, stop, chosen in runs(rows):
+            for first in range(0, stop - start, size):
+                dense = self._dataset[start + first : min(start + first + size, stop)]
+                inside = chosen[(chosen >= first) & (chosen < first + size)] - first
+                at_row, at_gene = np.nonzero(dense)
+                indptr = np.concatenate(([0], np.cumsum(np.bincount(at_row, minlength=len(dense)))))
+                yield target.align(indptr, at_gene, dense[at_row, at_gene]).take(inside)
+
+    def sample(self, count: int) -> npt.NDArray[np.generic]:
+        """Some non-zero values: from the first, the middle and the last rows."""
+        size, total = max(1, count // max(1, self.shape[1])), self.shape[0]
+        starts = {0, max(0, (total - size) // 2), max(0, total - size)}
+        values = np.concatenate([self._dataset[start : start + size].ravel() for start in sorted(starts)])
+        return np.asarray(values[values != 0])
+
+
+def _slabs(indptr: LongArray) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose values fit a slab; a row that alone does not is a slab of its own."""
+    limit, first, rows = SLAB_BYTES // VALUE_BYTES, 0, len(indptr) - 1
+    while first < rows:
+        last = int(np.searchsorted(indptr, indptr[first] + limit, side="right")) - 1
+        last = min(max(last, first + 1), rows)
+        yield first, last
+        first = last
+
+
+def open_matrix(element: Any, where: str) -> SparseMatrix | DenseMatrix:
+    """A matrix that can be read by rows.
+
+    Raises
+    ------
+    SourceError
+        If it is stored by columns, or in an encoding of old.
+    """
+    match encoding(element):
+        case "csr_matrix":
+            return SparseMatrix(element)
+        case "array":
+            return DenseMatrix(element)
+        case "csc_matrix":
+            raise SourceError(
+                f"{where} is stored by columns (csc_matrix): reading a few cells would read all of it.",
+                "Write it again by rows: adata.X = adata.X.tocsr(); adata.write_h5ad(PATH).",
+            )
+    raise SourceError(f"{where} has encoding '{encoding(element) or 'none'}', not csr_matrix or array.", REWRITE)
