@@ -1,0 +1,153 @@
+"""The exact names that a saved model may refer to, and what each stands for while it is read.
+
+Where a function could be made to allocate without bound or to reach further, a narrow one of our own stands in its
+place: it does what saved models need and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pandas.core.internals import BlockManager
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STORAGES: dict[str, torch.dtype] = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Memory that tensors are views of."""
+
+    flat: torch.Tensor
+
+
+class _Array:
+    """Stands for ``numpy.ndarray`` as an argument; it cannot be called or instantiated by a pickle."""
+
+
+_ARRAY = _Array()
+
+
+def _tensor(storage: Storage, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> torch.Tensor:
+    """``torch._utils._rebuild_tensor_v2`` with checked bounds: a view never leaves its storage."""
+    whole = all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)) and len(size) == len(stride)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=False)) if whole else -1
+    if not whole or (math.prod(size) > 0 and last >= storage.flat.numel()):
+        raise ValueError("a tensor lies outside of its storage")
+    return (
+        storage.flat.as_strided(tuple(size), tuple(stride), offset)
+        if math.prod(size)
+        else storage.flat.new_empty(tuple(size))
+    )
+
+
+def _array(kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
+    """``numpy.core.multiarray._reconstruct``: an empty array, which its state fills."""
+    if kind is not _ARRAY or shape != (0,) or code not in (b"b", "b"):
+        raise ValueError("an array is made in an unknown way")
+    return np.ndarray((0,), np.int8)
+
+
+def _scalar(dtype: np.dtype[Any], data: bytes = b"") -> Any:
+    """``numpy.core.multiarray.scalar`` of a plain number or text."""
+    if dtype.hasobject or len(data) != dtype.itemsize:
+        raise ValueError("a scalar of a type that holds objects")
+    return np.frombuffer(data, dtype, 1)[0]
+
+
+def _dtype(code: Any, *flags: Any) -> np.dtype[Any]:
+    """``numpy.dtype`` of a type code."""
+    if not isinstance(code, str):
+        raise TypeError("a dtype that is not a code")
+    return np.dtype(code, *flags)
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """``_codecs.encode``, as pickles of protocol 2 write bytes."""
+    if encoding not in ("latin1", "latin-1", "utf-8"):
+        raise ValueError(f"encoding {encoding}")
+    return text.encode(encoding)
+
+
+def _bytes(*data: bytes) -> bytes:
+    """``bytes`` of nothing or of bytes; ``bytes(10**12)`` would allocate as much."""
+    return b"".join(data)
+
+
+def _dict(*pairs: Any) -> dict[Any, Any]:
+    return dict(*pairs)
+
+
+def _index(_kind: Any, state: dict[str, Any]) -> pd.Index:
+    """``pandas.core.indexes.base._new_Index``: a plain index of its data, a range of its bounds."""
+    if {"start", "stop", "step"} <= state.keys():
+        return pd.RangeIndex(state["start"], state["stop"], state["step"], name=state.get("name"))
+    index: pd.Index = pd.Index(state["data"], name=state.get("name"))
+    return index
+
+
+class _IndexKind:
+    """Stands for a class of pandas index as an argument; every kind is read as a plain index."""
+
+
+_INDEX_KIND = _IndexKind()
+
+
+def _block(values: Any, placement: Any, ndim: int) -> Any:
+    from pandas._libs.internals import _unpickle_block
+
+    if not isinstance(values, np.ndarray) or not isinstance(placement, slice | np.ndarray):
+        raise TypeError("a block of a table that is not an array")
+    return _unpickle_block(values, placement, ndim)
+
+
+_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_TABLE: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): defaultdict,
+    ("builtins", "dict"): _dict,
+    ("builtins", "slice"): slice,
+    ("builtins", "bytes"): _bytes,
+    ("_codecs", "encode"): _encode,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("numpy", "ndarray"): _ARRAY,
+    ("numpy", "dtype"): _dtype,
+    **{(module, "_reconstruct"): _array for module in _NUMPY},
+    **{(module, "scalar"): _scalar for module in _NUMPY},
+    ("pandas.core.frame", "DataFrame"): pd.DataFrame,
+    ("pandas.core.internals.managers", "BlockManager"): BlockManager,
+    ("pandas._libs.internals", "_unpickle_block"): _block,
+    ("pandas.core.indexes.base", "_new_Index"): _index,
+    ("pandas.core.indexes.base", "Index"): _INDEX_KIND,
+    ("pandas.core.indexes.range", "RangeIndex"): _INDEX_KIND,
+    # pandas 1 had a class per type.
+    ("pandas.core.indexes.numeric", "Int64Index"): _INDEX_KIND,
+    ("pandas.core.indexes.numeric", "UInt64Index"): _INDEX_KIND,
+    ("pandas.core.indexes.numeric", "Float64Index"): _INDEX_KIND,
+}
+_TABLE |= {("torch", name): dtype for name, dtype in STORAGES.items()}
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+
+def resolve(module: str, name: str) -> Any:
+    """What a pickle's global stands for; None if it is not on the table."""
+    return _TABLE.get((_RENAMED.get(module, module), name))

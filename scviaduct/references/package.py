@@ -1,0 +1,254 @@
+"""A reference as a package: a folder whose every file has a digest, from which any process loads the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import anndata
+import numpy as np
+import pyarrow.parquet as pq
+
+from scviaduct.errors import PackageError
+from scviaduct.families import family
+from scviaduct.references.archive import read_model_file
+from scviaduct.values import GeneTable, digest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from scviaduct.families import Encoder
+    from scviaduct.values import FloatArray
+
+FORMAT = 1
+MANIFEST, MODEL, TEMPLATE, LATENTS = "manifest.json", "model.pt", "template.h5ad", "latents.parquet"
+TOLERANCE = 1e-4
+"""Largest difference between what a template encodes to now and what it encoded to when the package was made, in
+standard deviations of the latent. Another CPU sums float32 products in another order, which leaves about 1e-6."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLatents:
+    """The reference's own cells.
+
+    Attributes
+    ----------
+    latent
+        float32, shape ``(n_cells, n_latent)``.
+    labels
+        One per cell; None for a cell without.
+    """
+
+    latent: FloatArray
+    labels: list[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was verified."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What verifying a package found."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds."""
+        return all(check.ok for check in self.checks)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A pretrained model as a verified package; picklable, without handles.
+
+    Attributes
+    ----------
+    path
+        Folder of the package.
+    name
+        Name it is registered under, or that of the folder.
+    digest
+        Of every file and fact; two packages with the same digest map alike.
+    family
+        Name of scvi-tools' class.
+    scvi_version
+        Version of scvi-tools that saved the model.
+    genes
+        Identifiers of its genes, in the order of its first layer.
+    batch_key, batch_categories, labels_key, labels, unlabeled_category, n_latent, encode_covariates, \
+categorical_covariates, continuous_covariates, size_factor_key, layer
+        See :class:`scviaduct.families.Facts`.
+    has_latents
+        Whether the package holds the reference's own latents.
+    notes
+        What a user should know of it.
+    provenance
+        Where it comes from, and how it was trained.
+    """
+
+    path: Path
+    name: str
+    digest: str
+    family: str
+    scvi_version: str
+    genes: GeneTable
+    n_latent: int
+    encode_covariates: bool
+    batch_key: str = ""
+    batch_categories: tuple[str, ...] = ()
+    labels_key: str = ""
+    labels: tuple[str, ...] = ()
+    unlabeled_category: str = ""
+    categorical_covariates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    continuous_covariates: tuple[str, ...] = ()
+    size_factor_key: str = ""
+    layer: str = ""
+    has_latents: bool = False
+    notes: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a package's manifest; cheap, the model is not touched.
+
+        Raises
+        ------
+        PackageError
+            If there is no package, or its manifest is not what it says.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        facts = dict(manifest["facts"])
+        columns = {key: tuple(values) for key, values in facts.pop("genes").items()}
+        for key in ("batch_categories", "labels", "continuous_covariates"):
+            facts[key] = tuple(facts[key])
+        categorical = facts.pop("categorical_covariates")
+        return cls(
+            path=folder,
+            name=manifest["name"],
+            digest=manifest["digest"],
+            family=manifest["family"],
+            genes=GeneTable(columns),
+            categorical_covariates={key: tuple(values) for key, values in categorical.items()},
+            has_latents=LATENTS in manifest["files"],
+            notes=tuple(manifest["notes"]),
+            provenance=manifest["provenance"],
+            **facts,
+        )
+
+    def encoder(self, device: str = "cpu") -> Encoder:
+        """Load the model: its digest is checked, then it is read without executing anything in it.
+
+        Raises
+        ------
+        PackageError
+            If the file is not the one that was packaged.
+        UnsafeModelError
+            If it holds something that no model needs.
+        """
+        self._require(MODEL)
+        self._require(TEMPLATE)
+        saved = read_model_file(self.path / MODEL)
+        return family(self.family).load(saved, anndata.read_h5ad(self.path / TEMPLATE), device)
+
+    def latents(self) -> ReferenceLatents:
+        """The reference's own latents and labels.
+
+        Raises
+        ------
+        PackageError
+            If the package has none, or the file was changed.
+        """
+        if not self.has_latents:
+            remedy = "Add it again from a folder that has its data (adata.h5ad)."
+            raise PackageError(f"Reference '{self.name}' has no latents of its own.", remedy)
+        self._require(LATENTS)
+        table = pq.read_table(self.path / LATENTS, columns=["latent", "label"])
+        flat = table["latent"].combine_chunks().flatten().to_numpy()
+        return ReferenceLatents(flat.reshape(len(table), self.n_latent), table["label"].to_pylist())
+
+    def _require(self, file: str) -> None:
+        expected = read_manifest(self.path)["files"][file]["digest"]
+        found = file_digest(self.path / file)
+        if found != expected:
+            raise PackageError(
+                f"{self.path / file} has digest {found[:12]}, and the manifest says {expected[:12]}.",
+                "The file was changed or damaged: add the reference again from where it came.",
+            )
+
+    def verify(self) -> Verification:
+        """Check every digest, load the model, and compare what its template encodes to with what was recorded."""
+        manifest = read_manifest(self.path)
+        checks = []
+        for file, told in manifest["files"].items():
+            path = self.path / file
+            found = file_digest(path) if path.is_file() else "missing"
+            detail = (
+                f"{told['size']:,} bytes" if found == told["digest"] else f"{found[:12]}, not {told['digest'][:12]}"
+            )
+            checks.append(Check(f"digest of {file}", found == told["digest"], detail))
+        if all(check.ok for check in checks):
+            checks.append(self._verify_encoding(np.array(manifest["template_latent"], np.float32)))
+        return Verification(tuple(checks))
+
+    def _verify_encoding(self, recorded: FloatArray) -> Check:
+        from scviaduct.references.template import encode_template
+
+        found = encode_template(self.encoder(), anndata.read_h5ad(self.path / TEMPLATE), self)
+        difference = float(np.abs(found - recorded).max() / max(float(recorded.std()), 1e-12))
+        detail = f"largest difference {difference:.1e} sd over {len(recorded)} template cells"
+        return Check("encoding of the template", difference <= TOLERANCE, detail)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a manifest and check that it is whole.
+
+    Raises
+    ------
+    PackageError
+        If it is missing, of another format, or its own digest does not hold.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise PackageError(f"'{folder}' is not a reference package: it has no {MANIFEST}.", "scviaduct reference add.")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        version, told, expected = manifest["format"], manifest["digest"], manifest_digest(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise PackageError(
+            f"{path} cannot be read ({error}).", "Add the reference again from where it came."
+        ) from error
+    if version != FORMAT:
+        raise PackageError(f"{path} has format {version}, this version reads {FORMAT}.", "Add the reference again.")
+    if told != expected:
+        raise PackageError(
+            f"{path} has digest {expected[:12]}, and says {told[:12]}.",
+            "It was changed or damaged: add the reference again from where it came.",
+        )
+    return manifest
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of what decides how a package maps: its files, family and facts."""
+    return digest(
+        manifest["format"], manifest["family"], manifest["files"], manifest["facts"], manifest["template_latent"]
+    )
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's content."""
+    found = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()

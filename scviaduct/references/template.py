@@ -1,0 +1,77 @@
+"""The template of a reference: a few synthetic cells from which a process instantiates the model.
+
+They are made from what scvi-tools saved of the training data's layout, never from its cells, so that a package carries
+no donor's data.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from scviaduct.families import Covariates
+
+if TYPE_CHECKING:
+    from scviaduct.families import Encoder, Facts
+    from scviaduct.references.archive import SavedModel
+    from scviaduct.references.package import Reference
+    from scviaduct.values import FloatArray
+
+CELLS = 16
+_SEED = 0
+
+
+def make_template(saved: SavedModel, facts: Facts) -> AnnData:
+    """Synthetic cells with every obs column and layer that the model was set up with.
+
+    Counts are Poisson of mean 1, seeded; categories are those of the model, in turn; labels are the unlabelled
+    category.
+    """
+    rng = np.random.default_rng(_SEED)
+    counts = sparse.csr_matrix(rng.poisson(1.0, (CELLS, len(facts.genes))).astype(np.float32))
+    fields = saved.attr_dict["registry_"]["field_registries"]
+    obs: dict[str, Any] = {}
+    if facts.batch_key:
+        obs[facts.batch_key] = _in_turn(fields["batch"]["state_registry"]["categorical_mapping"])
+    for key in facts.categorical_covariates:
+        obs[key] = _in_turn(fields["extra_categorical_covs"]["state_registry"]["mappings"][key])
+    for key in facts.continuous_covariates:
+        obs[key] = rng.normal(size=CELLS)
+    if facts.size_factor_key:
+        obs[facts.size_factor_key] = np.ones(CELLS)
+    if facts.labels_key:
+        known = fields["labels"]["state_registry"]["categorical_mapping"]
+        obs[facts.labels_key] = _in_turn([facts.unlabeled_category] if facts.unlabeled_category else known)
+    frame = pd.DataFrame(obs, index=[f"template-{i}" for i in range(CELLS)])
+    template = AnnData(counts, obs=frame, var=pd.DataFrame(index=list(facts.genes)))
+    if facts.layer:
+        template.layers[facts.layer] = counts.copy()
+    return template
+
+
+def _in_turn(categories: Any) -> pd.Categorical:
+    values = [categories[i % len(categories)] for i in range(CELLS)]
+    return pd.Categorical(values, categories=list(dict.fromkeys(values)))
+
+
+def encode_template(encoder: Encoder, template: AnnData, facts: Facts | Reference) -> FloatArray:
+    """Latents of the template's cells, with the covariates that they carry; what ``verify`` compares."""
+    counts = sparse.csr_matrix(template.layers[facts.layer] if facts.layer else template.X)
+    covariates = Covariates()
+    if facts.encode_covariates:
+        batch = _codes(template, facts.batch_key, facts.batch_categories) if facts.batch_key else None
+        columns = [_codes(template, key, known) for key, known in facts.categorical_covariates.items()]
+        numbers = [template.obs[key].to_numpy(np.float32) for key in facts.continuous_covariates]
+        covariates = Covariates(
+            batch, np.stack(columns, axis=1) if columns else None, np.stack(numbers, axis=1) if numbers else None
+        )
+    parts = counts.indptr.astype(np.int64), counts.indices.astype(np.int32), counts.data.astype(np.float32)
+    return encoder.encode(*parts, covariates).mean
+
+
+def _codes(template: AnnData, column: str, categories: tuple[str, ...]) -> Any:
+    return pd.Index(categories).get_indexer(template.obs[column].astype(str)).astype(np.int64)
