@@ -1,1 +1,1 @@
-"""From a block of counts to latents and labels."""
+"""Preflight, gene alignment, encoding and labels."""

@@ -1,0 +1,176 @@
+"""Mapping a block of cells: one deterministic forward pass, then labels with their uncertainty."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scviaduct.errors import DataError
+from scviaduct.families.base import Covariates
+from scviaduct.mapping.labels import Certainty, NeighborVote
+from scviaduct.values import Mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping as MappingType
+    from collections.abc import Sequence
+
+    from scviaduct.references.package import Reference
+    from scviaduct.values import CellBlock, FloatArray, IntArray, LongArray, Settings
+
+
+def model_columns(reference: Reference, settings: Settings) -> tuple[str, ...]:
+    """obs columns that the encoder reads.
+
+    None for a reference with ``encode_covariates=False``: its latent does not depend on batch or covariates, so cells
+    without them map just the same.
+    """
+    if not reference.encode_covariates:
+        return ()
+    batch = (query_batch_key(reference, settings),) if reference.batch_key else ()
+    return batch + tuple(reference.categorical_covariates) + tuple(reference.continuous_covariates)
+
+
+def query_batch_key(reference: Reference, settings: Settings) -> str:
+    """obs column of the query that plays the reference's batch."""
+    return settings.batch_key or reference.batch_key or ""
+
+
+class Mapper:
+    """A loaded reference that maps blocks.
+
+    Parameters
+    ----------
+    reference
+        The package; its digest is verified while it loads.
+    settings
+        What decides the rows.
+    device
+        ``"cpu"`` or a CUDA device.
+    """
+
+    def __init__(self, reference: Reference, settings: Settings, device: str = "cpu") -> None:
+        self.reference = reference
+        self.settings = settings
+        self._encoder = reference.encoder(device)
+        self._vote: NeighborVote | None = None
+        if not self._encoder.labels and reference.has_latents:
+            latents = reference.latents()
+            if any(label is not None for label in latents.labels):
+                self._vote = NeighborVote(latents.latent, latents.labels, settings.neighbors)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label categories that a cell can get; empty if the reference has none."""
+        return self._vote.labels if self._vote else self._encoder.labels
+
+    def map(self, block: CellBlock) -> Mapping:
+        """Encode and label a block's cells.
+
+        Parameters
+        ----------
+        block
+            Counts in the reference's gene order, with the obs columns of :func:`model_columns`.
+
+        Returns
+        -------
+        Mapping
+            In the block's order. A cell without a count in the reference's genes has neither latent nor label.
+
+        Raises
+        ------
+        DataError
+            If a batch or covariate value is one that the reference does not know.
+        """
+        covariates = self._covariates(block)
+        encoded = self._encoder.encode(block.indptr, block.indices, block.data, covariates)
+        mean, location = encoded.mean, encoded.location
+        totals = (
+            np.add.reduceat(np.append(block.data, np.float32(0)), block.indptr[:-1]) if block.n_cells else np.zeros(0)
+        )
+        mapped = (np.diff(block.indptr) > 0) & (totals > 0)
+        if not np.isfinite(mean[mapped]).all():
+            bad = int(np.flatnonzero(mapped & ~np.isfinite(mean).all(axis=1))[0])
+            raise DataError(
+                f"Cell '{block.obs['observation_id'][bad]}' of dataset '{block.shard.dataset_id}' encodes to a"
+                " latent that is not finite.",
+                "Look at its counts: NaN, negative or extremely large values do this.",
+            )
+        mean[~mapped] = np.nan
+        return self._label(mean, location, mapped)
+
+    def gene_influence(self) -> FloatArray:
+        """How much each gene moves the encoder; float32, shape ``(n_genes,)``."""
+        return self._encoder.gene_influence()
+
+    def _label(
+        self, latent: FloatArray, location: FloatArray, mapped: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    ) -> Mapping:
+        n_cells = len(latent)
+        label: IntArray = np.full(n_cells, -1, np.int32)
+        figures = [np.full(n_cells, np.nan, np.float32) for _ in range(3)]
+        if self.labels and mapped.any():
+            if self._vote:
+                probabilities: FloatArray | None = self._vote.probabilities(latent[mapped])
+            else:
+                probabilities = self._encoder.classify(location[mapped])
+            if probabilities is not None:
+                certainty = Certainty.of(probabilities)
+                label[mapped] = certainty.label
+                values = (certainty.probability, certainty.margin, certainty.entropy)
+                for figure, value in zip(figures, values, strict=True):
+                    figure[mapped] = value
+        return Mapping(latent, mapped, label, self.labels, *figures)
+
+    def _covariates(self, block: CellBlock) -> Covariates:
+        reference = self.reference
+        if not reference.encode_covariates:
+            return Covariates()
+        batch = None
+        if reference.batch_key:
+            column = query_batch_key(reference, self.settings)
+            batch = self._codes(block, column, reference.batch_categories, "batch")
+        categorical = None
+        if reference.categorical_covariates:
+            items = reference.categorical_covariates.items()
+            categorical = np.stack([self._codes(block, key, known, "covariate") for key, known in items], axis=1)
+        continuous = None
+        if reference.continuous_covariates:
+            columns = [self._numbers(block, key) for key in reference.continuous_covariates]
+            continuous = np.stack(columns, axis=1)
+        return Covariates(batch, categorical, continuous)
+
+    @staticmethod
+    def _codes(block: CellBlock, column: str, categories: Sequence[str], what: str) -> LongArray:
+        values = block.obs[column].combine_chunks().cast(pa.string())
+        codes = pc.index_in(values, value_set=pa.array(categories, pa.string()))
+        if codes.null_count:
+            bad = values.filter(pc.is_null(codes))[0].as_py()
+            raise DataError(
+                f"{what.capitalize()} '{bad}' in obs column '{column}' of dataset '{block.shard.dataset_id}' is not one"
+                f" that the reference was trained on ({some(categories)}).",
+                "A reference with encode_covariates=True maps known values only.",
+            )
+        found: LongArray = codes.to_numpy(zero_copy_only=False).astype(np.int64)
+        return found
+
+    @staticmethod
+    def _numbers(block: CellBlock, column: str) -> FloatArray:
+        values = block.obs[column].combine_chunks().cast(pa.float32()).to_numpy(zero_copy_only=False)
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise DataError(
+                f"Covariate '{column}' of cell '{block.obs['observation_id'][row]}' in dataset"
+                f" '{block.shard.dataset_id}' is {values[row]}.",
+                "Give every cell a finite value.",
+            )
+        return np.asarray(values, np.float32)
+
+
+def some(values: Sequence[str] | MappingType[str, object], limit: int = 5) -> str:
+    """A few values for a message: ``a, b, c and 4 more``."""
+    shown = list(values)[:limit]
+    rest = len(values) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")

@@ -1,0 +1,77 @@
+"""From a scan to the units of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from scviaduct.errors import InputError, SourceError
+from scviaduct.values import Plan, Unit, digest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from scviaduct.references.package import Reference
+    from scviaduct.sources import Source
+    from scviaduct.values import Scan, Settings
+
+
+def kept_types(scan: Scan, keep_obs: Sequence[str], available: Sequence[str]) -> dict[str, str]:
+    """Arrow types of the kept obs columns.
+
+    Raises
+    ------
+    InputError
+        If a file of the source lacks one of them.
+    """
+    for column in keep_obs:
+        if column in scan.missing:
+            close = get_close_matches(column, available, n=3) or sorted(available)[:8]
+            raise InputError(
+                f"obs column '{column}' is not in {scan.missing[column]} (there are: {', '.join(close)}).",
+                "Name existing columns: --keep-obs tissue,disease.",
+            )
+    return {column: scan.columns[column].type for column in keep_obs}
+
+
+def make_plan(
+    source: Source, scan: Scan, reference: Reference, settings: Settings, accepted: Sequence[str] = ()
+) -> Plan:
+    """Address every unit of a run and the run itself.
+
+    Parameters
+    ----------
+    source
+        Gives the canonical URI and the version.
+    scan
+        Gives the shards.
+    reference, settings
+        What maps them, and how.
+    accepted
+        Preflight findings that were overridden.
+
+    Returns
+    -------
+    Plan
+        The same arguments give the same run id, so the same command resumes the same run.
+
+    Raises
+    ------
+    SourceError
+        If two files of the source hold the very same cells of the same dataset.
+    """
+    units = tuple(Unit.of(shard, reference.digest, settings) for shard in scan.shards)
+    repeated = [unit for unit, times in Counter(unit.id for unit in units).items() if times > 1]
+    if repeated:
+        shards = [unit.shard for unit in units if unit.id == repeated[0]]
+        raise SourceError(
+            f"Two files hold the same cells of dataset '{shards[0].dataset_id}': {shards[0].uri} and {shards[1].uri}.",
+            "Remove one of them from the source.",
+        )
+    accepted = tuple(sorted(accepted))
+    # The run names the data as the user sees it (uri) as well as by content (units): two mirrors of a release are two
+    # runs over the same units, and the second finds nothing to do.
+    run = digest(reference.digest, source.uri, asdict(settings), [unit.id for unit in units], accepted)[:16]
+    return Plan(run, reference.name, reference.digest, source.uri, source.version, settings, units, accepted)
