@@ -1,0 +1,149 @@
+"""Exports: a version's cells, labels and latents in a file of another format, in the source's order."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from anndata import AnnData
+
+from scviaduct.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from scviaduct.store.space import Space
+
+FORMATS = ("h5ad", "zarr", "parquet")
+
+
+def export(
+    space: Space,
+    to: str,
+    out: Path,
+    where: str | None = None,
+    as_of: int | None = None,
+    *,
+    overwrite: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """Write a version's cells to a file; it appears whole or not at all.
+
+    parquet streams, a unit at a time. An AnnData is built in memory: 4 bytes a latent dimension and cell, and its obs.
+
+    Parameters
+    ----------
+    space
+        What to export.
+    to
+        ``h5ad``, ``zarr`` or ``parquet``.
+    out
+        File or folder to write.
+    where, as_of
+        Condition and version.
+    overwrite
+        Replace what is there.
+    advance
+        Told of every few cells.
+
+    Raises
+    ------
+    InputError
+        If ``to`` is no format, or ``out`` is there.
+    """
+    if to not in FORMATS:
+        raise InputError(f"--to {to} is no format.", f"Formats: {', '.join(FORMATS)}.")
+    if out.exists() and not overwrite:
+        raise InputError(f"'{out}' is there.", "Name another file, or --overwrite.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{secrets.token_hex(4)}.{out.name}")
+    try:
+        if to == "parquet":
+            _write_parquet(space, temporary, where, as_of, advance)
+        else:
+            data = _anndata(space, where, as_of, advance)
+            data.write_h5ad(temporary) if to == "h5ad" else data.write_zarr(temporary)
+        if out.is_dir():
+            shutil.rmtree(out)
+        temporary.replace(out)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+    return out
+
+
+def _write_parquet(
+    space: Space, path: Path, where: str | None, as_of: int | None, advance: Callable[[int], None]
+) -> None:
+    snapshot = space.snapshot(as_of)
+    schema = space.schema(snapshot)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for table in space.read(where=where, as_of=snapshot.version):
+            writer.write_table(table)
+            advance(len(table))
+
+
+def _anndata(space: Space, where: str | None, as_of: int | None, advance: Callable[[int], None]) -> AnnData:
+    """Cells as an AnnData without genes."""
+    snapshot = space.snapshot(as_of)
+    rest = [name for name in snapshot.names if name != "latent"]
+    parts, latents = [], []
+    for table in space.read(where=where, as_of=snapshot.version):
+        latents.append(_matrix(table["latent"], space.n_latent))
+        parts.append(table.select(rest))
+        advance(len(table))
+    schema = pa.schema([space.schema(snapshot).field(name) for name in rest])
+    obs = pa.concat_tables(parts).unify_dictionaries().to_pandas() if parts else schema.empty_table().to_pandas()
+    obs.index = pd.Index(obs.pop("observation_id").astype(str), name="observation_id")
+    latent = np.concatenate(latents) if latents else np.empty((0, space.n_latent), np.float32)
+    # Units of one source may interleave (datasets do), so the order of rows is made here.
+    order = np.lexsort((obs["source_row"].to_numpy(), obs["source"].astype(str).to_numpy()))
+    obs = _writable(obs.iloc[order])
+    uns = {
+        "scviaduct": {
+            "reference": f"{space.reference}@{space.digest[:12]}",
+            "version": snapshot.version,
+            "run": snapshot.run,
+        }
+    }
+    return AnnData(obs=obs, obsm={f"X_{space.reference}": latent[order]}, uns=uns)
+
+
+def _writable(obs: pd.DataFrame) -> pd.DataFrame:
+    """Columns as AnnData writes them: text as categories, integers and truths with gaps as nullable ones."""
+    columns: dict[str, Any] = {}
+    for name in obs.columns:
+        values = obs[name]
+        if name == "soma_joinid":
+            if values.isna().all():
+                continue  # files have none
+            columns[name] = values.astype("Int64")
+        elif name == "ambiguous":
+            columns[name] = values.astype("boolean")
+        elif isinstance(values.dtype, pd.CategoricalDtype):
+            columns[name] = values.cat.remove_unused_categories()
+        elif values.dtype == object:
+            filled = (
+                values.astype("boolean")
+                if all(isinstance(value, bool) for value in values.dropna())
+                else pd.Categorical(values)
+            )
+            columns[name] = filled
+        else:
+            columns[name] = values
+    return pd.DataFrame(columns, index=obs.index)
+
+
+def _matrix(column: pa.ChunkedArray, dimensions: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Latents as a matrix; NaN rows for cells without one."""
+    valid = column.is_valid().to_numpy()
+    matrix = np.full((len(column), dimensions), np.nan, np.float32)
+    matrix[valid] = column.combine_chunks().flatten().to_numpy().reshape(-1, dimensions)
+    return matrix

@@ -1,0 +1,85 @@
+"""The columns of the two tables, and the rows of a unit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from scviaduct.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping as MappingType
+
+    from scviaduct.values import CellBlock, Mapping, Settings, Unit
+
+KEY = [("source", pa.string()), ("dataset_id", pa.string()), ("observation_id", pa.string())]
+ORIGIN = [("unit", pa.string()), ("unit_row", pa.int32()), ("run", pa.string())]
+LATENTS = pa.schema(
+    [
+        *KEY,
+        ("latent", pa.list_(pa.float32())),
+        ("label", pa.string()),
+        ("probability", pa.float32()),
+        ("margin", pa.float32()),
+        ("entropy", pa.float32()),
+        ("ambiguous", pa.bool_()),
+        ("reference", pa.string()),
+        *ORIGIN,
+    ]
+)
+LATENT_COLUMNS = ("latent", "label", "probability", "margin", "entropy", "ambiguous", "reference")
+CELLS = pa.schema([*KEY, ("source_row", pa.int64()), ("soma_joinid", pa.int64())])
+RESERVED = frozenset({*LATENTS.names, *CELLS.names})
+TYPES = {"string": pa.string(), "bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
+
+
+def cells_schema(kept: MappingType[str, str]) -> pa.Schema:
+    """Schema of the ``cells`` table with these kept obs columns."""
+    taken = RESERVED & set(kept)
+    if taken:
+        raise InputError(
+            f"obs column '{min(taken)}' cannot be kept: the store has a column of that name.",
+            f"Rename it in the source, or leave it out; the store's own: {', '.join(sorted(RESERVED))}.",
+        )
+    return pa.schema([*CELLS, *((name, TYPES[kind]) for name, kind in kept.items()), *ORIGIN])
+
+
+def _constant(value: str, n: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([value])).cast(pa.string())
+
+
+def unit_rows(
+    unit: Unit, block: CellBlock, mapping: Mapping, settings: Settings, reference: str, run: str
+) -> tuple[pa.Table, pa.Table]:
+    """Rows of a unit for ``latents`` and for ``cells``, in the block's order."""
+    n, shard = block.n_cells, block.shard
+    key = [
+        _constant(shard.source, n),
+        _constant(shard.dataset_id, n),
+        block.obs["observation_id"].combine_chunks().cast(pa.string()),
+    ]
+    origin = [_constant(unit.id, n), pa.array(np.arange(n, dtype=np.int32)), _constant(run, n)]
+    unlabelled = mapping.label < 0
+    codes = pa.array(mapping.label, mask=unlabelled)
+    label = pa.DictionaryArray.from_arrays(codes, pa.array(mapping.labels or ("",), pa.string())).cast(pa.string())
+    figures = [pa.array(values, mask=unlabelled) for values in (mapping.probability, mapping.margin, mapping.entropy)]
+    ambiguous = pa.array(mapping.entropy > settings.ambiguous_entropy, mask=unlabelled)
+    latents = pa.table(
+        [*key, _lists(mapping), label, *figures, ambiguous, _constant(reference, n), *origin], schema=LATENTS
+    )
+    joinids = pa.array(block.rows) if shard.uri.startswith(("census:", "soma:")) else pa.nulls(n, pa.int64())
+    schema = cells_schema(settings.keep_obs)
+    kept = [block.obs[name].cast(TYPES[kind]) for name, kind in settings.keep_obs.items()]
+    cells = pa.table([*key, pa.array(block.rows), joinids, *kept, *origin], schema=schema)
+    return latents, cells
+
+
+def _lists(mapping: Mapping) -> pa.Array:
+    """Latents as lists; null where a cell was not mapped."""
+    dimensions = mapping.latent.shape[1]
+    lengths = np.where(mapping.mapped, dimensions, 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    values = pa.array(np.ascontiguousarray(mapping.latent[mapping.mapped], np.float32).reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(~mapping.mapped))

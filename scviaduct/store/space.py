@@ -1,0 +1,303 @@
+"""A space: one reference's latents in a store, and its versions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake.exceptions import CommitFailedError
+
+from scviaduct import faults
+from scviaduct.errors import InputError, StoreError
+from scviaduct.store.committing import Pair, milliseconds, replace_cells, require_whole
+from scviaduct.store.schema import LATENT_COLUMNS, LATENTS, RESERVED, cells_schema
+from scviaduct.store.staging import Completion, is_whole, record_path
+from scviaduct.store.tables import Table, Version
+from scviaduct.store.where import parse_where
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+_TRIES = 20
+_TOLD = "scviaduct."
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a reader sees at one version: the newest ``cells`` commit and the ``latents`` version that it names.
+
+    Attributes
+    ----------
+    version
+        Of ``cells``; 0 for a space without a commit.
+    run
+        Run that made it.
+    timestamp
+        Milliseconds since 1970, UTC.
+    pairs
+        Name to the files of a unit, or of what is left of one.
+    latents_version
+        Version of ``latents`` that goes with it.
+    columns
+        Schema of ``cells``.
+    """
+
+    version: int
+    run: str
+    timestamp: int
+    pairs: Mapping[str, Pair]
+    latents_version: int
+    columns: pa.Schema
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return sum(pair.cells.rows for pair in self.pairs.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Columns that a reader sees, both tables joined."""
+        kept = [name for name in self.columns.names if name not in RESERVED]
+        first = ["source", "dataset_id", "observation_id", "source_row", "soma_joinid"]
+        return (*first, *LATENT_COLUMNS, *kept, "unit", "unit_row", "run")
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Kept obs columns."""
+        return tuple(name for name in self.columns.names if name not in RESERVED)
+
+
+class Space:
+    """One reference's latents: two Delta tables with one commit point.
+
+    Parameters
+    ----------
+    path
+        Folder of the space.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        told = json.loads((path / "space.json").read_text())
+        self.name: str = path.name
+        self.reference: str = told["reference"]
+        self.digest: str = told["digest"]
+        self.n_latent: int = told["n_latent"]
+        self.labels: tuple[str, ...] = tuple(told["labels"])
+        self._latents = Table(path / "latents", f"scviaduct:{self.name}")
+        self._cells = Table(path / "cells", f"scviaduct:{self.name}")
+
+    def create_tables(self) -> None:
+        """Make both tables unless they are there."""
+        self._latents.create(LATENTS)
+        self._cells.create(cells_schema({}))
+
+    def snapshot(self, as_of: int | None = None) -> Snapshot:
+        """What a reader sees at a version, the newest if none is named.
+
+        Raises
+        ------
+        StoreError
+            If there is no such version.
+        """
+        return self._resolve(self._cells.load(as_of))
+
+    def _resolve(self, cells: Version) -> Snapshot:
+        named = int(cells.told.get(f"{_TOLD}latents", 0))
+        latents = self._latents.load(named)
+        by_name = {file.name: file for file in latents.files.values()}
+        pairs = {file.name: Pair(by_name[file.name], file) for file in cells.files.values()}
+        return Snapshot(cells.number, cells.told.get(f"{_TOLD}run", ""), cells.timestamp, pairs, named, cells.columns)
+
+    def head(self) -> int:
+        """Newest version; 0 for a space without a commit."""
+        return self._cells.load().number
+
+    def versions(self) -> list[dict[str, Any]]:
+        """Every version with its run, time and number of cells, newest first."""
+        return [
+            {
+                "version": entry["version"],
+                "run": entry[f"{_TOLD}run"],
+                "cells": int(entry[f"{_TOLD}cells"]),
+                "timestamp": entry["timestamp"],
+            }
+            for entry in self._cells.history()
+            if f"{_TOLD}run" in entry
+        ]
+
+    def runs(self) -> dict[str, int]:
+        """Run to the newest version that it made."""
+        return {entry["run"]: entry["version"] for entry in reversed(self.versions())}
+
+    def completions(self, units: Iterable[str]) -> dict[str, Completion]:
+        """Units that are done: their record is there, and so are their files."""
+        found = {}
+        for unit in units:
+            record = record_path(self.path, unit)
+            if record.exists() and is_whole(self.path, completion := Completion.load(record)):
+                found[unit] = completion
+        return found
+
+    def is_visible(self, completions: Iterable[Completion]) -> bool:
+        """Whether the newest version holds all of these units, whole."""
+        pairs = self.snapshot().pairs
+        return all(completion.cells.name in pairs for completion in completions)
+
+    def commit(
+        self,
+        completions: Sequence[Completion],
+        kept: Mapping[str, str],
+        told: Mapping[str, str],
+        before: Callable[[], None],
+    ) -> int:
+        """Make units visible, and every cell visible once, in one commit.
+
+        Parameters
+        ----------
+        completions
+            The units, all of them whole.
+        kept
+            Kept obs column to its type; columns new to the space are added.
+        told
+            What the commit says of itself; ``run`` is required.
+        before
+            Called once, just before anything becomes visible: the run's record is written there.
+
+        Returns
+        -------
+        int
+            The version that holds the units; the newest one if it holds them already.
+
+        Raises
+        ------
+        StoreError
+            If a staged file is missing, or other writers commit faster than this one for very long.
+        """
+        recorded = False
+        for _ in range(_TRIES):
+            head = self._cells.load()
+            snapshot = self._resolve(head)
+            if completions and all(completion.cells.name in snapshot.pairs for completion in completions):
+                return snapshot.version
+            change = replace_cells(self.path, snapshot.pairs, completions)
+            require_whole(self.path, completions, change.add)
+            try:
+                if self._widen(head, kept):
+                    continue
+                named = self._commit_latents(snapshot, change.add, change.remove)
+                faults.point("latents-committed")
+                if not recorded:
+                    before()
+                    recorded = True
+                dropped = sum(pair.cells.rows for pair in change.remove)
+                cells = snapshot.cells + sum(pair.cells.rows for pair in change.add) - dropped
+                facts = {**told, "latents": named, "cells": cells}
+                said = {f"{_TOLD}{key}": str(value) for key, value in facts.items()}
+                add, remove = [pair.cells for pair in change.add], [pair.cells for pair in change.remove]
+                self._cells.commit(head, add, remove, said, now=milliseconds())
+            except CommitFailedError:
+                continue
+            faults.point("committed")
+            return head.number + 1
+        remedy = "What is staged is kept: run the command again."
+        raise StoreError(f"Other writers kept committing to {self.name}.", remedy)
+
+    def _widen(self, head: Version, kept: Mapping[str, str]) -> bool:
+        """Add columns that the space lacks; whether there were any."""
+        wanted = cells_schema(kept)
+        for name in kept:
+            if name in head.columns.names and head.columns.field(name).type != wanted.field(name).type:
+                raise InputError(
+                    f"obs column '{name}' is {kept[name]} here and {head.columns.field(name).type} in the store.",
+                    "Rename the column in the source, or leave it out of --keep-obs.",
+                )
+        missing = [wanted.field(name) for name in kept if name not in head.columns.names]
+        if missing:
+            self._cells.widen(head, missing)
+        return bool(missing)
+
+    def _commit_latents(self, snapshot: Snapshot, add: Sequence[Pair], remove: Sequence[Pair]) -> int:
+        """Bring ``latents`` from its newest version, whoever made it, to what the commit needs; the version."""
+        wanted = {pair.latents.path: pair.latents for pair in snapshot.pairs.values()}
+        for pair in remove:
+            wanted.pop(pair.latents.path)
+        wanted |= {pair.latents.path: pair.latents for pair in add}
+        head = self._latents.load()
+        more = [file for path, file in wanted.items() if path not in head.files]
+        less = [file for path, file in head.files.items() if path not in wanted]
+        self._latents.commit(head, more, less, {}, now=milliseconds())
+        return head.number + 1
+
+    def read(
+        self, columns: Sequence[str] | None = None, where: str | None = None, as_of: int | None = None
+    ) -> Iterator[pa.Table]:
+        """Read cells with their latents and labels, one table per unit, in the order of source and row.
+
+        Memory is bounded by a unit.
+
+        Parameters
+        ----------
+        columns
+            Names of :attr:`Snapshot.names`; None for all.
+        where
+            Keeps the cells for which it holds.
+        as_of
+            Version; None for the newest.
+
+        Raises
+        ------
+        FilterError
+            If ``where`` does not parse or names an unknown column.
+        """
+        snapshot = self.snapshot(as_of)
+        names = list(columns or snapshot.names)
+        unknown = [name for name in names if name not in snapshot.names]
+        if unknown:
+            raise InputError(f"There is no column '{unknown[0]}'.", f"Columns: {', '.join(snapshot.names)}.")
+        condition = parse_where(where, self.schema(snapshot)) if where else None
+        needed = dict.fromkeys([*names, *(condition.columns if condition else ())])
+        for name in sorted(snapshot.pairs, key=lambda name: _order(snapshot.pairs[name])):
+            table = self._read_pair(snapshot, snapshot.pairs[name], list(needed))
+            if condition:
+                table = table.filter(condition.expression)
+            if len(table):
+                yield table.select(names)
+
+    def schema(self, snapshot: Snapshot) -> pa.Schema:
+        """Schema of what a reader sees; kept text columns are dictionaries."""
+        kinds = {field.name: field.type for field in (*LATENTS, *snapshot.columns)}
+        text = {name for name in (*snapshot.kept, "label", "source", "dataset_id") if pa.types.is_string(kinds[name])}
+        coded = pa.dictionary(pa.int32(), pa.string())
+        return pa.schema([(name, coded if name in text else kinds[name]) for name in snapshot.names])
+
+    def _read_pair(self, snapshot: Snapshot, pair: Pair, names: Sequence[str]) -> pa.Table:
+        """Rows of a unit, with the columns of both tables side by side: both files hold the same rows in order."""
+        schema = self.schema(snapshot)
+        of_latents = [name for name in names if name in LATENT_COLUMNS]
+        of_cells = [name for name in names if name not in LATENT_COLUMNS]
+        columns: dict[str, Any] = {}
+        for table, file, wanted in (("latents", pair.latents, of_latents), ("cells", pair.cells, of_cells)):
+            if not wanted:
+                continue
+            parquet = pq.ParquetFile(self.path / table / file.path)
+            there = [name for name in wanted if name in parquet.schema_arrow.names]
+            read = parquet.read(columns=there)
+            columns |= {name: read[name] for name in there}
+        empty = {name: pa.nulls(pair.cells.rows, schema.field(name).type) for name in names if name not in columns}
+        wanted = pa.schema([schema.field(name) for name in names])
+        return pa.table({name: (columns | empty)[name] for name in names}).cast(wanted)
+
+    def count(self, where: str | None = None, as_of: int | None = None) -> int:
+        """Number of cells, or of those for which ``where`` holds."""
+        if where is None:
+            return self.snapshot(as_of).cells
+        return sum(len(table) for table in self.read(["unit"], where, as_of))
+
+
+def _order(pair: Pair) -> tuple[str, int]:
+    return pair.cells.source, pair.cells.first_row or 0
