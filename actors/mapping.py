@@ -1,0 +1,67 @@
+"""The mapping actor: holds one reference, maps blocks, stages what comes out."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import faiss
+import ray
+import torch
+
+from scviaduct import faults
+from scviaduct.mapping.mapper import Mapper
+from scviaduct.references.package import Reference
+
+if TYPE_CHECKING:
+    from scviaduct.store import Completion, Stager
+    from scviaduct.values import CellBlock, Settings, Unit
+
+
+class MappingWorker:
+    """Maps blocks with a reference that it loads once.
+
+    Parameters
+    ----------
+    reference
+        Path of the package. The weights never travel: a restarted actor reads them again.
+    settings
+        What decides the rows.
+    stager
+        Where the rows go.
+    device
+        ``"cpu"``, ``"cuda"``, or ``"auto"`` for the GPU that Ray assigned to this actor, if any.
+    threads
+        Compute threads. One: two threads on busy cores take encoding from 80,000 to 6,400 cells per CPU-second.
+    """
+
+    def __init__(
+        self, reference: str, settings: Settings, stager: Stager, device: str = "auto", threads: int = 1
+    ) -> None:
+        torch.set_num_threads(threads)
+        faiss.omp_set_num_threads(threads)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() and ray.is_initialized() and ray.get_gpu_ids() else "cpu"
+        self.device = device
+        self._mapper = Mapper(Reference.load(reference), settings, device)
+        self._settings = settings
+        self._stager = stager
+
+    def describe(self) -> dict[str, Any]:
+        """Where this worker runs; answers once the reference is loaded."""
+        return {"pid": os.getpid(), "device": self.device, "labels": len(self._mapper.labels)}
+
+    def run(self, unit: Unit, block: CellBlock) -> Completion:
+        """Map one unit and stage its rows.
+
+        Raises
+        ------
+        DataError
+            If the block cannot be mapped, however often it is tried.
+        """
+        faults.point("encode")
+        return self._stager.stage(unit, block, self._mapper.map(block), self._settings)
+
+
+MappingActor = ray.remote(MappingWorker)
+"""Restarts and retries are the dispatcher's: ``max_restarts`` and ``max_task_retries`` stay 0."""

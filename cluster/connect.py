@@ -1,0 +1,80 @@
+"""Connecting to Ray: a cluster that is there, or one of our own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ray
+
+from scviaduct.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OBJECT_STORE_BYTES = 1 << 30
+"""Object store of a Ray that we start ourselves. The dispatcher's byte budget is half of it, so that nothing spills."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a cluster offers.
+
+    Attributes
+    ----------
+    cpus, gpus
+        Over all nodes.
+    object_store
+        Bytes, over all nodes.
+    local
+        True if the cluster was started here and ends with the run.
+    """
+
+    cpus: float
+    gpus: float
+    object_store: int
+    local: bool
+
+
+@contextmanager
+def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Resources]:
+    """Join a Ray cluster for the length of a run.
+
+    Parameters
+    ----------
+    address
+        ``"local"`` starts a Ray on this machine that ends with the run; ``"auto"`` or ``HOST:PORT`` joins one. None
+        takes ``RAY_ADDRESS`` (which ``ray job submit`` sets) and ``"local"`` without it. A Ray that this process is
+        already connected to is used as it is and left running.
+    cpus
+        CPUs that a local Ray offers; None for all of the machine's.
+
+    Raises
+    ------
+    EngineError
+        If the cluster does not answer.
+    """
+    if ray.is_initialized():
+        yield _resources(local=False)
+        return
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    local = target == "local"
+    own = {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False} if local else {}
+    try:
+        ray.init(address=target, logging_level=logging.ERROR, log_to_driver=False, **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(
+            f"Ray at '{target}' does not answer: {error}.", "Start it, or use --address local."
+        ) from error
+    try:
+        yield _resources(local=local)
+    finally:
+        ray.shutdown()
+
+
+def _resources(*, local: bool) -> Resources:
+    total = ray.cluster_resources()
+    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), int(total.get("object_store_memory", 0)), local)

@@ -1,0 +1,294 @@
+"""Dispatch: blocks flow from reader tasks to mapping actors, and every unit ends as done or as quarantined.
+
+The driver decides everything; Ray only runs it. Reading and mapping are separate stages, so that reading goes on while
+actors compute; what has been read and not yet mapped is bounded by a byte budget; an actor has at most two blocks, one
+that it maps and one that waits. Retries are decided here, because Ray would charge the death of an actor to every call
+that waits in its queue.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+
+from scviaduct.errors import DataError, EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from scviaduct.values import Unit
+
+
+class Pool(Protocol):
+    """How units are read and mapped; what the actors package offers, as the dispatcher sees it."""
+
+    def read(self, unit: Unit) -> tuple[ray.ObjectRef[Any], ray.ObjectRef[Any]]:
+        """Start reading; references to the block's size in bytes and to the block."""
+
+    def start(self) -> Any:
+        """Start an actor; the handle."""
+
+    def ready(self, actor: Any) -> ray.ObjectRef[Any]:
+        """Reference that resolves once the actor has loaded its reference."""
+
+    def map(self, actor: Any, unit: Unit, block: ray.ObjectRef[Any]) -> ray.ObjectRef[Any]:
+        """Start mapping a block; reference to its completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a run.
+
+    Attributes
+    ----------
+    actors
+        Mapping actors.
+    readers
+        Reader tasks at a time.
+    bytes_in_flight
+        Bytes of blocks that are read and not yet mapped. One block is always let through, however large.
+    blocks_per_actor
+        Blocks that an actor has at a time: one that it maps, the others wait beside it.
+    attempts
+        Tries of a unit before it is quarantined.
+    start_attempts
+        Actors that may fail to start in a row before the run gives up.
+    """
+
+    actors: int
+    readers: int
+    bytes_in_flight: int = 512 << 20
+    blocks_per_actor: int = 2
+    attempts: int = 3
+    start_attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A unit that could not be mapped, and why."""
+
+    unit: Unit
+    attempts: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of the units."""
+
+    completions: list[Any] = field(default_factory=list)
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Work:
+    unit: Unit
+    attempts: int = 0
+    # A unit that was in an actor when it died is tried alone, so that a further death convicts exactly one unit.
+    suspect: bool = False
+    block: ray.ObjectRef[Any] | None = None
+    nbytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    actor: Any
+    ready_ref: ray.ObjectRef[Any]
+    ready: bool = False
+    works: list[_Work] = field(default_factory=list)
+    last_key: str = ""
+
+    def room(self, work: _Work, limit: int) -> bool:
+        if not self.ready or any(other.suspect for other in self.works):
+            return False
+        return not self.works if work.suspect else len(self.works) < limit
+
+
+class Dispatcher:
+    """Runs units over a pool until each is done or quarantined.
+
+    Parameters
+    ----------
+    pool
+        Starts readers and actors.
+    limits
+        Bounds.
+    on_done
+        Called with every completion as it arrives.
+    on_quarantine
+        Called with every quarantined unit.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        limits: Limits,
+        on_done: Callable[[Unit, Any], None],
+        on_quarantine: Callable[[Quarantined], None],
+    ) -> None:
+        self._pool = pool
+        self._limits = limits
+        self._on_done = on_done
+        self._on_quarantine = on_quarantine
+        self._pending: deque[_Work] = deque()
+        self._reading: dict[ray.ObjectRef[Any], _Work] = {}
+        self._read: deque[_Work] = deque()
+        self._mapping: dict[ray.ObjectRef[Any], tuple[_Slot, _Work]] = {}
+        self._slots: list[_Slot] = []
+        self._outcome = Outcome()
+        self._largest = 0
+        self._failed_starts = 0
+
+    def run(self, units: Sequence[Unit]) -> Outcome:
+        """Map all units.
+
+        Whatever ends the call, an interrupt included, ends the actors too; completed units keep their records, so the
+        same run goes on from there.
+
+        Raises
+        ------
+        EngineError
+            If actors cannot be started.
+        """
+        self._pending = deque(_Work(unit) for unit in units)
+        try:
+            for _ in range(min(self._limits.actors, len(units))):
+                self._start()
+            while self._pending or self._reading or self._read or self._mapping:
+                self._fill_readers()
+                self._fill_actors()
+                self._wait()
+            return self._outcome
+        finally:
+            for slot in self._slots:
+                ray.kill(slot.actor)
+            for ref in self._reading:
+                ray.cancel(ref, force=True)
+
+    def _start(self) -> None:
+        actor = self._pool.start()
+        self._slots.append(_Slot(actor, self._pool.ready(actor)))
+
+    def _held(self) -> int:
+        return sum(work.nbytes for work in self._read) + sum(work.nbytes for _, work in self._mapping.values())
+
+    def _fill_readers(self) -> None:
+        while self._pending and len(self._reading) < self._limits.readers:
+            # What is being read counts as the largest block seen: its size is known only when it is there.
+            expected = self._held() + (len(self._reading) + 1) * self._largest
+            if expected > self._limits.bytes_in_flight and (self._reading or self._read or self._mapping):
+                return
+            work = self._pending.popleft()
+            size, work.block = self._pool.read(work.unit)
+            self._reading[size] = work
+
+    def _fill_actors(self) -> None:
+        waiting: deque[_Work] = deque()
+        while self._read:
+            work = self._read.popleft()
+            slot = self._route(work)
+            if slot is None:
+                waiting.append(work)
+                continue
+            slot.works.append(work)
+            slot.last_key = work.unit.shard.dataset_id
+            self._mapping[self._pool.map(slot.actor, work.unit, work.block)] = (slot, work)
+        self._read = waiting
+
+    def _route(self, work: _Work) -> _Slot | None:
+        """The actor for a block: the one that last had its dataset if it has room, else the least busy one."""
+        open_slots = [slot for slot in self._slots if slot.room(work, self._limits.blocks_per_actor)]
+        if not open_slots:
+            return None
+        key = work.unit.shard.dataset_id
+        return min(open_slots, key=lambda slot: (len(slot.works), slot.last_key != key))
+
+    def _wait(self) -> None:
+        starting = {slot.ready_ref: slot for slot in self._slots if not slot.ready}
+        done, _ = ray.wait([*self._mapping, *self._reading, *starting], num_returns=1, timeout=1.0)
+        for ref in done:
+            if ref in self._mapping:
+                self._finish_map(ref)
+            elif ref in self._reading:
+                self._finish_read(ref)
+            elif starting[ref] in self._slots:
+                self._finish_start(starting[ref])
+
+    def _finish_start(self, slot: _Slot) -> None:
+        try:
+            ray.get(slot.ready_ref)
+        except RayError as error:
+            self._slots.remove(slot)
+            self._failed_starts += 1
+            if self._failed_starts >= self._limits.start_attempts:
+                raise EngineError(
+                    f"{self._failed_starts} mapping actors in a row did not start: {_cause(error)}.",
+                    "Can every node read the reference package? Completed units are kept: run the same command again.",
+                ) from error
+            self._start()
+        else:
+            slot.ready = True
+            self._failed_starts = 0
+
+    def _finish_read(self, ref: ray.ObjectRef[Any]) -> None:
+        work = self._reading.pop(ref)
+        try:
+            work.nbytes = ray.get(ref)
+        except (RayError, DataError) as error:
+            work.block = None
+            self._retry(work, error)
+            return
+        self._largest = max(self._largest, work.nbytes)
+        self._read.append(work)
+
+    def _finish_map(self, ref: ray.ObjectRef[Any]) -> None:
+        slot, work = self._mapping.pop(ref)
+        slot.works.remove(work)
+        try:
+            completion = ray.get(ref)
+        except ActorUnavailableError as error:
+            self._forget(work)
+            self._retry(work, error)
+        except (ActorDiedError, RayActorError) as error:
+            if slot in self._slots:
+                self._slots.remove(slot)
+                self._start()
+            self._forget(work)
+            work.suspect = True
+            self._retry(work, error)
+        except (RayError, DataError) as error:
+            self._forget(work)
+            self._retry(work, error)
+        else:
+            self._forget(work)
+            self._outcome.completions.append(completion)
+            self._on_done(work.unit, completion)
+
+    @staticmethod
+    def _forget(work: _Work) -> None:
+        work.block, work.nbytes = None, 0
+
+    def _retry(self, work: _Work, error: Exception) -> None:
+        work.attempts += 1
+        hopeless = isinstance(error, DataError) or isinstance(getattr(error, "cause", None), DataError)
+        if not hopeless and work.attempts < self._limits.attempts:
+            self._pending.append(work)
+            return
+        quarantined = Quarantined(work.unit, work.attempts, _cause(error))
+        self._outcome.quarantined.append(quarantined)
+        self._on_quarantine(quarantined)
+
+
+def _cause(error: Exception) -> str:
+    """The error in one line, without Ray's remote traceback."""
+    inner = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    lines = str(inner).strip().splitlines()
+    if not lines:
+        return type(inner).__name__
+    # What a constructor raised stands at the end of a traceback; everything else says what it is at the beginning.
+    told = lines[-1] if "creation task" in lines[0] else lines[0]
+    return f"{type(inner).__name__}: {told}"
