@@ -1,0 +1,365 @@
+"""The command line. Each command is the Python call of the same name in :mod:`pipelines`.
+
+Exit status: 0 done; 1 not fit, or verification failed; 2 wrong input; 3 cannot tell; 4 committed, with units in
+quarantine; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Annotated, Any, override
+
+import typer
+from typer import Argument, Option
+from typer.core import TyperGroup
+
+from pipelines import printing
+from scviaduct import __version__
+from scviaduct.errors import InputError, ScviaductError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C or SIGTERM, as shells count it."""
+
+
+class _Commands(TyperGroup):
+    """Turns what a command raises on purpose into a message and an exit status."""
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ScviaductError as error:
+            typer.echo(f"scviaduct: {error}", err=True)
+            raise typer.Exit(error.exit_status) from None
+        except KeyboardInterrupt:
+            typer.echo("scviaduct: interrupted. What is complete is kept: run the same command to go on.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="scviaduct",
+    help="Carries query cells to a pretrained scvi-tools reference, and keeps what comes out in a versioned store.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+reference_app = typer.Typer(help="Pretrained models as verified packages.", no_args_is_help=True)
+app.add_typer(reference_app, name="reference")
+
+_SOURCE = """\
+Where cells come from (quote it; values are percent-encoded):\n
+- `census:2025-11-08?organism=homo_sapiens&filter=tissue_general == 'lung'` (`uri=` for a mirror)\n
+- `soma:PATH_OR_URL?measurement=RNA&layer=raw&filter=...`\n
+- `cells.h5ad`, `cells.zarr`, a folder or a glob of them, local or by URL
+"""
+Source = Annotated[str, Argument(metavar="SOURCE", help=_SOURCE)]
+StorePath = Annotated[str, Argument(metavar="STORE", help="Folder of the store.")]
+Ref = Annotated[str, Option("--reference", help="Registered name of the reference, or path of a package.")]
+SpaceOf = Annotated[
+    str | None, Option("--reference", help="Space of the store, by its reference; needed if the store has several.")
+]
+Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
+Quiet = Annotated[bool, Option("--quiet", help="No progress.")]
+Where = Annotated[
+    str | None, Option(help="Keep cells for which this holds, e.g. \"tissue = 'lung' and probability >= 0.9\".")
+]
+AsOf = Annotated[int | None, Option(help="Read this version instead of the newest.")]
+BatchKey = Annotated[str | None, Option(help="obs column of the query that plays the reference's batch.")]
+Accept = Annotated[str | None, Option(help="Preflight findings to override, by name, comma-separated.")]
+
+
+def _list(text: str | None) -> tuple[str, ...]:
+    """Comma-separated values, without blanks."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+@app.command()
+def train(
+    source: Source,
+    family: Annotated[str, Option(help="scvi or scanvi.")],
+    out: Annotated[str, Option(help="Folder of the package that is made.")],
+    labels_key: Annotated[str | None, Option(help="obs column of labels; scanvi needs it.")] = None,
+    unlabeled_category: Annotated[str, Option(help="Label that means none.")] = "unknown",
+    samples_per_label: Annotated[int | None, Option(help="Labelled cells per label and epoch (scanvi).")] = None,
+    batch_key: Annotated[str | None, Option(help="obs column of batches.")] = None,
+    layer: Annotated[str | None, Option(help="Where raw counts are: X, raw or a layer's name.")] = None,
+    categorical_covariates: Annotated[str | None, Option(help="obs columns, comma-separated.")] = None,
+    continuous_covariates: Annotated[str | None, Option(help="obs columns, comma-separated.")] = None,
+    size_factor_key: Annotated[str | None, Option(help="obs column of size factors.")] = None,
+    genes: Annotated[int, Option(help="Highly variable genes to train on; 0 for all.")] = 2000,
+    epochs: Annotated[int | None, Option(help="Epochs; scvi-tools chooses by the number of cells.")] = None,
+    scanvi_epochs: Annotated[int | None, Option(help="Epochs of the scANVI that starts from the scVI.")] = None,
+    batch_size: Annotated[int, Option(help="Cells of a mini-batch.")] = 128,
+    device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
+    loader_workers: Annotated[int, Option(help="Processes that load mini-batches.")] = 0,
+    seed: Annotated[int, Option(help="Seed of everything random.")] = 0,
+    settings: Annotated[list[str] | None, Option("--set", help="Model argument, e.g. n_latent=20; repeatable.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a reference on labelled or unlabelled cells. What it writes is a package: `reference add` registers it."""
+    from pipelines.training import train as run
+
+    pairs = dict(_pair(text) for text in settings or [])
+    made = run(
+        source,
+        family=family,
+        out=out,
+        labels_key=labels_key,
+        unlabeled_category=unlabeled_category,
+        samples_per_label=samples_per_label,
+        batch_key=batch_key,
+        layer=layer,
+        categorical_covariates=_list(categorical_covariates),
+        continuous_covariates=_list(continuous_covariates),
+        size_factor_key=size_factor_key,
+        genes=genes,
+        epochs=epochs,
+        scanvi_epochs=scanvi_epochs,
+        batch_size=batch_size,
+        device=device,
+        loader_workers=loader_workers,
+        seed=seed,
+        settings=pairs,
+        quiet=quiet,
+    )
+    typer.echo(f"Trained {made}. Register it: scviaduct reference add {made} --name NAME")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {text}: there is no '='.", "Write NAME=VALUE, e.g. --set n_latent=20.")
+    return key, value
+
+
+@reference_app.command("add")
+def reference_add(
+    folder: Annotated[str, Argument(metavar="DIR", help="Package, trained scvi-tools folder, or hub layout.")],
+    name: Annotated[str, Option(help="Name to register it under.")],
+    replace: Annotated[bool, Option("--replace", help="Take the name from another reference.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a model, make a package of it and register it. Nothing is unpickled unchecked."""
+    from pipelines import reference
+
+    printing.reference(reference.add(folder, name=name, replace=replace), as_json=as_json)
+
+
+@reference_app.command("list")
+def reference_list(as_json: Json = False) -> None:
+    """List the registered references."""
+    from pipelines import reference
+
+    printing.references(reference.list(), as_json=as_json)
+
+
+@reference_app.command("show")
+def reference_show(name: Annotated[str, Argument(metavar="NAME")], as_json: Json = False) -> None:
+    """Show what a reference is: family, genes, batches, labels, provenance."""
+    from pipelines import reference
+
+    printing.reference(reference.show(name), as_json=as_json)
+
+
+@reference_app.command("verify")
+def reference_verify(name: Annotated[str, Argument(metavar="NAME")], as_json: Json = False) -> None:
+    """Check every digest, load the model, and compare what it encodes with what it encoded when it was packaged."""
+    from pipelines import reference
+
+    report = reference.verify(name)
+    printing.verification(report, as_json=as_json)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@reference_app.command("remove")
+def reference_remove(name: Annotated[str, Argument(metavar="NAME")]) -> None:
+    """Unregister a reference and delete its package. Stores keep what it mapped."""
+    from pipelines import reference
+
+    reference.remove(name)
+    typer.echo(f"Removed '{name}'.")
+
+
+@app.command()
+def check(
+    source: Source,
+    reference: Ref,
+    accept: Accept = None,
+    batch_key: BatchKey = None,
+    as_json: Json = False,
+) -> None:
+    """Check whether a query fits a reference. Exit status: 0 fit, 1 not fit, 3 cannot tell."""
+    from pipelines.preflight import check as run
+
+    report = run(source, reference=reference, accept=_list(accept), batch_key=batch_key or "")
+    printing.preflight(report, as_json=as_json)
+    raise typer.Exit(report.exit_status)
+
+
+@app.command("map")
+def map_(
+    source: Annotated[str | None, Argument(metavar="SOURCE", help=_SOURCE)] = None,
+    reference: Annotated[str | None, Option(help="Registered name of the reference, or path of a package.")] = None,
+    store: Annotated[str | None, Option(help="Folder of the store; made if absent.")] = None,
+    keep_obs: Annotated[str | None, Option(help="obs columns to keep, comma-separated.")] = None,
+    shard_cells: Annotated[int | None, Option(help="Cells of a shard. [default: 16384]")] = None,
+    accept: Accept = None,
+    batch_key: BatchKey = None,
+    ambiguous_entropy: Annotated[
+        float | None, Option(help="Entropy in nats above which a label is ambiguous. [default: 1.0]")
+    ] = None,
+    neighbors: Annotated[int | None, Option(help="k of labels by nearest neighbours (scvi). [default: 15]")] = None,
+    engine: Annotated[str | None, Option(help="ray, or inline: in this process. [default: ray]")] = None,
+    address: Annotated[str | None, Option(help="Ray cluster: local, auto or HOST:PORT.")] = None,
+    actors: Annotated[int | None, Option(help="Mapping actors. [default: one a GPU share, or half the CPUs]")] = None,
+    readers: Annotated[int | None, Option(help="Reader tasks at a time. [default: the CPUs left]")] = None,
+    gpus_per_actor: Annotated[float | None, Option(help="GPU share of an actor. [default: 1 where there are]")] = None,
+    job: Annotated[str | None, Option(help="TOML file with any of these; flags win.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check and plan, then stop.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Map query cells to a reference, into a store.
+
+    All cells of a run become visible in one commit. The same command resumes a run that was killed, and does nothing
+    once the run is complete. Exit status 4: committed, but units are in quarantine (see `status`).
+    """
+    from pipelines.jobs import MapJob
+
+    flags: dict[str, Any] = {
+        "source": source,
+        "reference": reference,
+        "store": store,
+        "keep_obs": _list(keep_obs) or None,
+        "shard_cells": shard_cells,
+        "accept": _list(accept) or None,
+        "batch_key": batch_key,
+        "ambiguous_entropy": ambiguous_entropy,
+        "neighbors": neighbors,
+        "engine": engine,
+        "address": address,
+        "actors": actors,
+        "readers": readers,
+        "gpus_per_actor": gpus_per_actor,
+    }
+    told = MapJob.of(job, flags)  # a wrong flag is answered before the seconds that loading torch takes
+    from pipelines.mapping import map as run
+
+    result = run(**told.model_dump(), dry_run=dry_run, quiet=quiet)
+    printing.mapping(result, as_json=as_json)
+    raise typer.Exit(result.exit_status)
+
+
+@app.command()
+def status(
+    store: StorePath,
+    run: Annotated[str | None, Option(help="Show one run: its plan, settings and quarantined units.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a store's spaces, versions, runs and quarantined units, with the reasons."""
+    from pipelines.reporting import status as ask
+
+    printing.status(ask(store, run=run), as_json=as_json)
+
+
+@app.command()
+def search(
+    store: StorePath,
+    cells: Annotated[str | None, Option(help="Query cells: a source such as QUERY.h5ad, mapped on the fly.")] = None,
+    stored: Annotated[
+        str | None, Option("--from", help="Query with the store's own cells for which this holds.")
+    ] = None,
+    label: Annotated[str | None, Option(help="Query with the store's cells of this label.")] = None,
+    k: Annotated[int, Option("-k", help="Neighbours of each query cell.")] = 30,
+    where: Where = None,
+    out: Annotated[str | None, Option(help="Write the hits to this parquet file.")] = None,
+    exact: Annotated[bool, Option("--exact", help="Compare with every cell, without the index.")] = False,
+    reference: SpaceOf = None,
+    accept: Accept = None,
+    as_of: AsOf = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the nearest stored cells of query cells: keys, distances, labels and kept columns."""
+    from pipelines.searching import search as run
+
+    hits = run(
+        store,
+        cells=cells,
+        stored=stored,
+        label=label,
+        k=k,
+        where=where,
+        out=out,
+        exact=exact,
+        reference=reference,
+        accept=_list(accept),
+        as_of=as_of,
+        quiet=quiet,
+    )
+    printing.hits(hits, out, as_json=as_json)
+
+
+@app.command()
+def export(
+    store: StorePath,
+    to: Annotated[str, Option(help="h5ad, zarr or parquet.")],
+    out: Annotated[str, Option(help="File or folder to write.")],
+    where: Where = None,
+    reference: SpaceOf = None,
+    as_of: AsOf = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what is there.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write cells, labels and latents to a file, in the source's order."""
+    from pipelines.exporting import export as run
+
+    made = run(store, to=to, out=out, where=where, reference=reference, as_of=as_of, overwrite=overwrite, quiet=quiet)
+    typer.echo(f"Wrote {made}.")
+
+
+@app.command()
+def demo(
+    folder: Annotated[str, Option(help="Where everything goes.")] = "demo",
+    cells: Annotated[int, Option(help="Simulated cells per dataset.")] = 4000,
+    quiet: Quiet = False,
+) -> None:
+    """Run the main job end to end on simulated cells: train, map on Ray, commit, index, search."""
+    from pipelines.demo import demo as run
+
+    printing.demo(run(folder, cells=cells, quiet=quiet))
+
+
+def _version(*, value: bool) -> None:
+    if value:
+        typer.echo(f"scviaduct {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        Option("--version", help="Print the version.", callback=lambda value: _version(value=value), is_eager=True),
+    ] = False,
+) -> None:
+    """Carries query cells over to a pretrained scvi-tools reference, and keeps what comes out in a versioned store."""
+
+
+def _terminate(*_: object) -> None:
+    """Stop as Ctrl-C does: ``ray job stop`` and schedulers send SIGTERM."""
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; ends the process with the exit status.
+
+    Parameters
+    ----------
+    arguments
+        Without the program's name; None for those of the process.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    app(args=arguments, prog_name="scviaduct")

@@ -1,0 +1,205 @@
+"""What the command line prints: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import pyarrow as pa
+
+    from pipelines.demo import DemoSummary
+    from pipelines.mapping import MapResult
+    from pipelines.reporting import Status
+    from scviaduct.mapping.preflight import Report
+    from scviaduct.references.package import Reference, Verification
+
+_SHOWN_HITS = 20
+_SPACE_COLUMNS = ("space", "version", "cells", "versions", "index")
+_RUN_COLUMNS = ("run", "state", "reference", "version", "units_done", "units", "cells", "started")
+_MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "stop": "[red]stop[/]", "unknown": "[yellow]unknown[/]"}
+
+
+def dump(value: Any) -> None:
+    """Print a value as JSON; what JSON lacks (paths, times) becomes text."""
+    typer.echo(json.dumps(value, indent=2, default=str, ensure_ascii=False))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print a table; numbers to the right."""
+    rows = [list(row) for row in rows]
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for i, name in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
+        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(_cell(value) for value in row))
+    Console().print(made)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return _some(value)
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _facts(facts: Mapping[str, object], title: str | None = None) -> None:
+    made = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, value in facts.items():
+        made.add_row(f"[bold]{name}[/]", _cell(value))
+    Console().print(made)
+
+
+def reference_facts(found: Reference) -> dict[str, Any]:
+    """What is worth saying of a reference."""
+    return {
+        "name": found.name,
+        "digest": found.digest,
+        "family": found.family,
+        "scvi_tools": found.scvi_version,
+        "genes": len(found.genes),
+        "gene_identifiers": list(found.genes.columns),
+        "latent_size": found.n_latent,
+        "encode_covariates": found.encode_covariates,
+        "batch_key": found.batch_key,
+        "batches": list(found.batch_categories),
+        "labels_key": found.labels_key,
+        "labels": list(found.labels),
+        "categorical_covariates": {key: list(values) for key, values in found.categorical_covariates.items()},
+        "continuous_covariates": list(found.continuous_covariates),
+        "latents": found.has_latents,
+        "notes": list(found.notes),
+        "provenance": dict(found.provenance),
+        "path": str(found.path),
+    }
+
+
+def reference(found: Reference, *, as_json: bool) -> None:
+    """Print one reference."""
+    facts = reference_facts(found)
+    if as_json:
+        dump(facts)
+        return
+    shown = {key: _some(value) if isinstance(value, list | dict) else value for key, value in facts.items()}
+    _facts({key: value for key, value in shown.items() if value not in ("", None)})
+
+
+def _some(values: list[Any] | dict[str, Any], limit: int = 12) -> str:
+    texts = (
+        [f"{key}={value}" for key, value in values.items()] if isinstance(values, dict) else [str(v) for v in values]
+    )
+    rest = len(texts) - limit
+    return ", ".join(texts[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def references(found: Sequence[Reference], *, as_json: bool) -> None:
+    """Print the registered references."""
+    if as_json:
+        dump([reference_facts(item) for item in found])
+        return
+    if not found:
+        typer.echo("No reference is registered. Add one: scviaduct reference add DIR --name NAME")
+        return
+    rows = [
+        (r.name, r.family, len(r.genes), r.n_latent, len(r.labels), r.encode_covariates, r.digest[:12]) for r in found
+    ]
+    table(("name", "family", "genes", "latent", "labels", "encodes covariates", "digest"), rows)
+
+
+def verification(found: Verification, *, as_json: bool) -> None:
+    """Print what verifying a package found."""
+    if as_json:
+        dump({"ok": found.ok, "checks": [asdict(check) for check in found.checks]})
+        return
+    table(
+        ("check", "", "detail"),
+        [(c.name, "[green]ok[/]" if c.ok else "[red]failed[/]", c.detail) for c in found.checks],
+    )
+
+
+def preflight(found: Report, *, as_json: bool) -> None:
+    """Print a preflight report."""
+    if as_json:
+        dump({"verdict": found.verdict, **asdict(found)})
+        return
+    rows = [
+        (f.name, _MARKS.get(f.level, f.level), f.message + (f" {f.remedy}" if f.level != "ok" else ""))
+        for f in found.findings
+    ]
+    table(("check", "", "finding"), rows, title=f"{found.source} -> {found.reference}")
+    typer.echo(f"Verdict: {found.verdict} ({found.cells:,} cells, {found.sampled:,} sampled).")
+
+
+def mapping(found: MapResult, *, as_json: bool) -> None:
+    """Print what a map run came to."""
+    if as_json:
+        dump({"exit_status": found.exit_status, **asdict(found)})
+        return
+    for item in found.quarantined:
+        shard = item.unit.shard
+        where = f"{shard.dataset_id} rows {shard.start:,}-{shard.stop:,}"
+        typer.echo(
+            f"Quarantined after {item.attempts} attempts: {where} ({shard.cells:,} cells): {item.reason}", err=True
+        )
+    spent = sum(found.seconds.values())
+    size = f"{found.cells:,} cells in {found.units:,} units"
+    if found.state == "planned":
+        typer.echo(f"Run {found.run} would map {size}; nothing was mapped (--dry-run).")
+    elif found.state == "nothing to do":
+        typer.echo(f"Run {found.run}: nothing to do, version {found.version} holds its {size}.")
+    elif found.state == "failed":
+        typer.echo(f"Run {found.run}: all of its {size} are in quarantine; nothing was committed.")
+    else:
+        done = f"{found.mapped_units:,} mapped now" + (
+            f", {len(found.quarantined):,} in quarantine" if found.quarantined else ""
+        )
+        typer.echo(f"Run {found.run}: version {found.version} holds its {size} ({done}; {spent:.1f} s).")
+
+
+def status(found: Status, *, as_json: bool) -> None:
+    """Print the state of a store, or of one run."""
+    if as_json:
+        dump(asdict(found))
+        return
+    if found.spaces:
+        table(_SPACE_COLUMNS, [[space[name] for name in _SPACE_COLUMNS] for space in found.spaces], title=found.store)
+    table(_RUN_COLUMNS, [[run[name] for name in _RUN_COLUMNS] for run in found.runs])
+    for run in found.runs:
+        if run["state"] == "open":
+            typer.echo(f"Run {run['run']} is not complete: run the same command again to go on ({run['source']}).")
+        for item in run["quarantined"]:
+            where = f"{item['dataset_id']} rows {item['start']:,}-{item['stop']:,}"
+            typer.echo(f"Quarantined in {run['run']}: {where}: {item['reason']}")
+    if found.details:
+        _facts(found.details, title=f"run {found.runs[0]['run']}")
+
+
+def hits(found: pa.Table, out: str | None, *, as_json: bool) -> None:
+    """Print the nearest neighbours, or where they were written."""
+    if as_json:
+        dump(found.to_pylist())
+    elif out:
+        typer.echo(f"Wrote {found.num_rows:,} hits to {out}.")
+    else:
+        shown = found.slice(0, _SHOWN_HITS)
+        table(shown.column_names, [list(row.values()) for row in shown.to_pylist()])
+        if found.num_rows > _SHOWN_HITS:
+            typer.echo(f"{found.num_rows - _SHOWN_HITS:,} more; --out hits.parquet writes them all.")
+
+
+def demo(found: DemoSummary) -> None:
+    """Print the demo's summary."""
+    _facts(found.facts(), title="scviaduct demo")

@@ -1,0 +1,192 @@
+"""The units of one run: which are left, how they are mapped, and their commit."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from actors.mapping import MappingWorker
+from actors.pool import MappingPool, Placement
+from cluster.connect import connect
+from cluster.dispatch import Dispatcher, Limits, Outcome, Quarantined
+from scviaduct.errors import DataError, InputError
+from scviaduct.mapping.mapper import model_columns
+from scviaduct.mapping.reading import read_block
+from scviaduct.store import RunRecord, Stager
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cluster.connect import Resources
+    from pipelines.progress import Reporter
+    from scviaduct.references.package import Reference
+    from scviaduct.store import Completion, Space, Store
+    from scviaduct.values import Plan, Unit
+
+_SOFTWARE = ("scviaduct", "scvi-tools", "torch", "ray", "deltalake", "tiledbsoma", "anndata")
+
+
+class Run:
+    """One run over a plan.
+
+    Parameters
+    ----------
+    plan
+        What is to be done.
+    reference
+        The package.
+    store, space
+        Where the rows go.
+    progress
+        Told of every unit.
+    """
+
+    def __init__(self, plan: Plan, reference: Reference, store: Store, space: Space, progress: Reporter) -> None:
+        self._plan = plan
+        self._reference = reference
+        self._store = store
+        self._space = space
+        self._progress = progress
+        self._began = time.time_ns() // 1_000_000
+        named = f"{reference.name}@{reference.digest[:12]}"
+        self._stager = Stager(str(space.path), named, plan.run)
+        kept = tuple(plan.settings.keep_obs)
+        self._columns = tuple(dict.fromkeys([*model_columns(reference, plan.settings), *kept]))
+        self._done: dict[str, Completion] = {}
+
+    def todo(self) -> list[Unit]:
+        """Units without a completion record: the plan minus what is done."""
+        self._done = self._space.completions(unit.id for unit in self._plan.units)
+        return [unit for unit in self._plan.units if unit.id not in self._done]
+
+    def is_visible(self) -> bool:
+        """Whether the newest version holds everything that is done."""
+        return self._space.is_visible(self._done.values())
+
+    def inline(self, units: Sequence[Unit]) -> Outcome:
+        """Read and map one unit after the other in this process."""
+        self._store.begin_run(self._plan, self._space.name)
+        outcome = Outcome()
+        if not units:
+            return outcome
+        worker = MappingWorker(str(self._reference.path), self._plan.settings, self._stager)
+        for unit in units:
+            try:
+                block = read_block(unit.shard, self._reference, self._columns)
+                completion = worker.run(unit, block)
+            except DataError as error:
+                outcome.quarantined.append(Quarantined(unit, 1, f"{type(error).__name__}: {error}"))
+                self._note_quarantine(outcome.quarantined[-1])
+            else:
+                outcome.completions.append(completion)
+                self._note_done(unit, completion)
+        return outcome
+
+    def on_ray(
+        self,
+        units: Sequence[Unit],
+        address: str | None,
+        actors: int | None,
+        readers: int | None,
+        gpus_per_actor: float | None,
+    ) -> Outcome:
+        """Read in tasks and map in actors.
+
+        Raises
+        ------
+        InputError
+            If GPUs are asked for where there are none.
+        EngineError
+            If actors cannot be started.
+        """
+        self._store.begin_run(self._plan, self._space.name)
+        if not units:
+            return Outcome()
+        with connect(address) as resources:
+            limits, placement = place(resources, actors, readers, gpus_per_actor)
+            pool = MappingPool(str(self._reference.path), self._plan.settings, self._stager, self._columns, placement)
+            device = f"{placement.actor_gpus:g} GPU" if placement.actor_gpus else "CPU"
+            self._progress.say(f"{limits.actors} mapping actors ({device} each), {limits.readers} readers")
+            return Dispatcher(pool, limits, self._note_done, self._note_quarantine).run(units)
+
+    def _note_done(self, unit: Unit, completion: Completion) -> None:
+        self._done[unit.id] = completion
+        self._progress.advance(unit.shard.cells)
+
+    def _note_quarantine(self, item: Quarantined) -> None:
+        shard = item.unit.shard
+        self._progress.say(f"quarantined: {shard.dataset_id} rows {shard.start:,}-{shard.stop:,}: {item.reason}")
+
+    def commit(self, outcome: Outcome, seconds: Mapping[str, float]) -> int | None:
+        """Make everything that is done visible; the version, or None if nothing is done."""
+        record = RunRecord(
+            plan=self._plan,
+            attempt=secrets.token_hex(8),
+            space=self._space.name,
+            started=self._began,
+            ended=time.time_ns() // 1_000_000,
+            units_done=len(self._done),
+            cells_done=sum(completion.cells.rows for completion in self._done.values()),
+            quarantined=[_told(item) for item in outcome.quarantined],
+            software={name: version(name) for name in _SOFTWARE},
+            seconds=dict(seconds),
+        )
+        if not self._done:
+            self._store.record(record)
+            return None
+        told = {"run": self._plan.run, "attempt": record.attempt}
+        kept = self._plan.settings.keep_obs
+        return self._space.commit(list(self._done.values()), kept, told, lambda: self._store.record(record))
+
+
+def _told(item: Quarantined) -> dict[str, str | int]:
+    shard = item.unit.shard
+    return {
+        "unit": item.unit.id,
+        "dataset_id": shard.dataset_id,
+        "start": shard.start,
+        "stop": shard.stop,
+        "cells": shard.cells,
+        "attempts": item.attempts,
+        "reason": item.reason,
+    }
+
+
+def place(
+    resources: Resources, actors: int | None, readers: int | None, gpus_per_actor: float | None
+) -> tuple[Limits, Placement]:
+    """How many actors and readers a cluster gets, and what each reserves.
+
+    Where they outnumber the CPUs, each reserves one part of a CPU: halves, thirds and so on fill a CPU without a rest,
+    so that no reader waits for ever beside a fraction that is free on every node.
+
+    Parameters
+    ----------
+    resources
+        What the cluster offers.
+    actors, readers
+        As asked; None for one actor per GPU share (or half the CPUs), and the CPUs that are left.
+    gpus_per_actor
+        As asked; None for a whole one where there are GPUs.
+
+    Raises
+    ------
+    InputError
+        If GPUs are asked for where there are none.
+    """
+    if gpus_per_actor is not None and resources.gpus == 0:
+        remedy = "Leave it out to map on CPUs, or join a cluster that has GPUs: --address."
+        raise InputError(f"--gpus-per-actor {gpus_per_actor:g}: the cluster has no GPU.", remedy)
+    share = (gpus_per_actor or 1.0) if resources.gpus else 0.0
+    cpus = max(1, int(resources.cpus))
+    actors = actors or (max(1, int(resources.gpus / share)) if share else max(1, cpus // 2))
+    readers = readers or max(1, cpus - actors)
+    part = 1 / math.ceil((actors + readers) / cpus)
+    budget = max(64 << 20, resources.object_store // 2)
+    return Limits(actors, readers, budget), Placement(part, share, part)
+
+
+__all__ = ["Outcome", "Run", "place"]

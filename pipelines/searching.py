@@ -1,0 +1,133 @@
+"""Searching a store for the neighbours of query cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipelines.jobs import SHARD_CELLS
+from pipelines.progress import reporter
+from scviaduct.errors import InputError
+from scviaduct.mapping import preflight
+from scviaduct.mapping.mapper import Mapper, model_columns
+from scviaduct.mapping.reading import read_block
+from scviaduct.references.registry import Registry
+from scviaduct.sources import open_source
+from scviaduct.store import Store
+from scviaduct.store.search import Queries, stored_queries
+from scviaduct.store.search import search as search_space
+from scviaduct.values import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pyarrow as pa
+
+    from scviaduct.store import Space
+
+
+def search(
+    store: str | Path,
+    *,
+    cells: str | None = None,
+    stored: str | None = None,
+    label: str | None = None,
+    k: int = 30,
+    where: str | None = None,
+    out: str | Path | None = None,
+    exact: bool = False,
+    reference: str | None = None,
+    accept: Sequence[str] = (),
+    as_of: int | None = None,
+    quiet: bool = False,
+) -> pa.Table:
+    """Find the nearest stored cells of query cells.
+
+    Name the query cells in one of three ways: ``cells``, ``stored`` or ``label``.
+
+    Parameters
+    ----------
+    store
+        Folder of the store.
+    cells
+        Source of query cells, such as an h5ad; mapped on the fly with the space's reference.
+    stored
+        Condition over the store's columns: the cells for which it holds are the query cells.
+    label
+        The store's cells of this label are the query cells.
+    k
+        Neighbours of each query cell. A stored cell is not its own neighbour.
+    where
+        Condition that neighbours fulfil, e.g. ``"tissue = 'lung'"``.
+    out
+        Parquet file to write the hits to.
+    exact
+        Compare with every cell, without the index.
+    reference
+        Space of the store, by its reference; needed if the store has several.
+    accept
+        Preflight findings to override, for ``cells``.
+    as_of
+        Version; None for the newest.
+    quiet
+        Without notices.
+
+    Returns
+    -------
+    pyarrow.Table
+        ``query_dataset`` and ``query``, ``rank``, ``distance`` (Euclidean, in the latent space), the neighbour's key,
+        label and its uncertainty, and the kept columns.
+
+    Raises
+    ------
+    InputError
+        If no query or more than one is named, or the store has no such space.
+    NotFitError
+        If ``cells`` do not fit the reference.
+    """
+    named = [name for name, value in (("cells", cells), ("from", stored), ("label", label)) if value is not None]
+    if len(named) != 1:
+        told = "No query cells are named." if not named else f"Query cells are named by {' and '.join(named)}."
+        raise InputError(told, "Give one of --cells QUERY.h5ad, --from CONDITION and --label LABEL.")
+    space = Store.open(store).space(reference)
+    with reporter(quiet=quiet) as progress:
+        if cells is not None:
+            queries = _map_queries(space, cells, accept)
+        else:
+            quoted = (label or "").replace("'", "''")
+            queries = stored_queries(space, stored if stored is not None else f"label = '{quoted}'", as_of)
+        hits = search_space(space, queries, k, where=where, as_of=as_of, exact=exact)
+        progress.say(
+            f"{len(queries.ids):,} query cells against {hits.candidates:,} cells of version {hits.version}:"
+            f" {hits.method}, recall {hits.recall:.3f}"
+        )
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(hits.table, out)
+    return hits.table
+
+
+def _map_queries(space: Space, cells: str, accept: Sequence[str]) -> Queries:
+    """Map query cells in this process, through the same gate as ``map``."""
+    package = Registry().get(space.reference)
+    if package.digest != space.digest:
+        raise InputError(
+            f"Reference '{package.name}' is {package.digest[:12]} here, the space is of {space.digest[:12]}.",
+            "Register the reference that the space was mapped with.",
+        )
+    settings = Settings()
+    mapper = Mapper(package, settings)
+    datasets, ids, latent = [], [], []
+    with open_source(cells) as source:
+        scan = source.scan(SHARD_CELLS, preflight.scan_columns(package, settings))
+        preflight.check(source, scan, package, settings, mapper.gene_influence()).accept(accept).require_fit()
+    for shard in scan.shards:
+        block = read_block(shard, package, model_columns(package, settings))
+        mapped = mapper.map(block)
+        ids += np.array(block.obs["observation_id"].to_pylist(), object)[mapped.mapped].tolist()
+        datasets += [shard.dataset_id] * int(mapped.mapped.sum())
+        latent.append(mapped.latent[mapped.mapped])
+    return Queries(datasets, ids, np.concatenate(latent))
