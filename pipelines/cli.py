@@ -323,7 +323,7 @@ def export(
 @app.command()
 def demo(
     folder: Annotated[str, Option(help="Where everything goes.")] = "demo",
-    cells: Annotated[int, Option(help="Simulated cells per dataset.")] = 4000,
+    cells: Annotated[int, Option(help="Query cells to simulate.")] = 24_000,
     quiet: Quiet = False,
 ) -> None:
     """Run the main job end to end on simulated cells: train, map on Ray, commit, index, search."""

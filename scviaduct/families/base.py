@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from anndata import AnnData
 
@@ -110,6 +111,9 @@ class Encoder(Protocol):
     def gene_influence(self) -> FloatArray:
         """How much each gene moves the encoder: shape ``(n_genes,)``, L2 norm of its first-layer weights."""
 
+    def save(self, path: Path) -> None:
+        """Write what encoding needs, without anything that runs: :meth:`Family.open` reads it."""
+
 
 class Family(Protocol):
     """A model class of scvi-tools: one module each."""
@@ -127,7 +131,10 @@ class Family(Protocol):
         """
 
     def load(self, saved: SavedModel, template: AnnData, device: str) -> Encoder:
-        """Instantiate a saved model from a template of its data."""
+        """Instantiate a saved model through scvi-tools, from a template of its data."""
+
+    def open(self, path: Path, device: str) -> Encoder:
+        """Read an encoder that :meth:`Encoder.save` wrote; needs no scvi-tools, whose import takes many seconds."""
 
     def arguments(self) -> Mapping[str, Any]:
         """Model arguments that training takes, with their defaults."""

@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from scviaduct.errors import UnsupportedModelError
+from scviaduct.families.network import Network
 from scviaduct.families.scvi import ScviFamily
-from scviaduct.families.vae import VaeEncoder, instantiate, read_facts
+from scviaduct.families.vae import VaeEncoder, fold, instantiate, read_facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from anndata import AnnData
 
@@ -50,7 +52,11 @@ class ScanviFamily:
         import scvi
 
         model = instantiate(scvi.model.SCANVI, saved, template)
-        return VaeEncoder(model.module, len(saved.var_names), self.facts(saved).labels, device)
+        return VaeEncoder(fold(model.module, len(saved.var_names), self.facts(saved).labels), device)
+
+    def open(self, path: Path, device: str) -> Encoder:
+        """Read an encoder that :meth:`~scviaduct.families.vae.VaeEncoder.save` wrote; needs no scvi-tools."""
+        return VaeEncoder(Network.load(path, device), device)
 
     def arguments(self) -> Mapping[str, Any]:
         """Model arguments that training takes, with their defaults: those of the SCVI that it starts from."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from scviaduct.families.vae import VaeEncoder, instantiate, read_facts
+from scviaduct.families.network import Network
+from scviaduct.families.vae import VaeEncoder, fold, instantiate, read_facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from anndata import AnnData
 
@@ -30,7 +32,11 @@ class ScviFamily:
         import scvi
 
         model = instantiate(scvi.model.SCVI, saved, template)
-        return VaeEncoder(model.module, len(saved.var_names), (), device)
+        return VaeEncoder(fold(model.module, len(saved.var_names), ()), device)
+
+    def open(self, path: Path, device: str) -> Encoder:
+        """Read an encoder that :meth:`~scviaduct.families.vae.VaeEncoder.save` wrote; needs no scvi-tools."""
+        return VaeEncoder(Network.load(path, device), device)
 
     def arguments(self) -> Mapping[str, Any]:
         """Model arguments that training takes, with their defaults."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +14,16 @@ import torch
 
 from scviaduct.errors import UnsupportedModelError
 from scviaduct.families.base import Covariates, Encoded, Facts
+from scviaduct.families.network import fold_encoder, fold_layers, fold_linear
 from scviaduct.families.sparse import CELLS, SparseEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from anndata import AnnData
 
+    from scviaduct.families.network import Network
     from scviaduct.references.archive import SavedModel
     from scviaduct.values import FloatArray, IntArray, LongArray
 
@@ -105,48 +110,71 @@ def instantiate(model_class: Any, saved: SavedModel, template: AnnData) -> Any:
     from scvi.model.base._save_load import _initialize_model
 
     registry = saved.attr_dict["registry_"]
-    attributes = {key: value for key, value in saved.attr_dict.items() if key != "registry_"}
     try:
+        # Of what else was saved, scvi-tools would set any name on the model; only its module is used here.
+        attributes = {"init_params_": copy.deepcopy(saved.attr_dict["init_params_"])}
         with quiet():
             model_class.setup_anndata(template, source_registry=registry, **registry["setup_args"])
             model = _initialize_model(model_class, template, registry, attributes, None)
             model.module.on_load(model, pyro_param_store=None)
             model.module.load_state_dict(saved.state_dict)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    # scvi-tools can fail in any way on a registry that it did not write.
+    except Exception as error:
+        told = next(iter(str(error).splitlines()), type(error).__name__).removesuffix(".")
         raise UnsupportedModelError(
-            f"The saved {model_class.__name__} does not fit scvi-tools of today: {str(error).splitlines()[0]}.",
+            f"The saved {model_class.__name__} does not fit scvi-tools of today: {told}.",
             "Load and save it with the version that made it, or train it again.",
         ) from error
     model.module.eval()
     return model
 
 
-class VaeEncoder:
-    """Encodes with a model's ``z_encoder`` on sparse counts, and classifies with its ``classifier`` if it has one.
+def fold(module: Any, n_genes: int, labels: tuple[str, ...]) -> Network:
+    """Take what mapping needs out of a module of scvi-tools' VAE.
 
     Parameters
     ----------
     module
-        scvi-tools' module, in evaluation mode.
+        In evaluation mode.
     n_genes
         Genes of the model.
     labels
-        What the classifier gives; empty without one.
+        What its classifier gives; empty without one.
+    """
+    embedding = None
+    if getattr(module, "batch_representation", "one-hot") == "embedding" and module.encode_covariates:
+        embedding = module.get_embedding("batch").weight
+    encoder = module.z_encoder
+    network = fold_encoder(encoder, n_genes, log_variational=module.log_variational, embedding=embedding)
+    if not labels:
+        return network
+    # A classifier of scvi-tools before 1.1 ends in a softmax, a later one before it: what precedes it is kept.
+    *hidden, last = [part for part in module.classifier.classifier if not isinstance(part, torch.nn.Softmax)]
+    classifier = [layer for part in hidden for layer in fold_layers(part)]
+    return replace(network, classifier=(*classifier, fold_linear(last)), labels=labels)
+
+
+class VaeEncoder:
+    """Encodes sparse counts with a network, and classifies if it has a classifier.
+
+    Parameters
+    ----------
+    network
+        Of a model of the VAE family.
     device
         ``"cpu"`` or a CUDA device.
     """
 
-    def __init__(self, module: Any, n_genes: int, labels: tuple[str, ...], device: str) -> None:
-        module.to(device)
-        self.labels = labels
-        self.n_latent: int = module.z_encoder.mean_encoder.out_features
+    def __init__(self, network: Network, device: str = "cpu") -> None:
+        self._network = network = network.to(device)
         self._device = device
-        self._module = module
-        self._n_genes = n_genes
-        self._transform = module.z_encoder.z_transformation
-        self._embedding = getattr(module, "batch_representation", "one-hot") == "embedding" and module.encode_covariates
-        with torch.inference_mode():
-            self._encoder = SparseEncoder(module.z_encoder, n_genes, log_variational=module.log_variational)
+        self._encoder = SparseEncoder(network)
+        self.labels = network.labels
+        self.n_latent = len(network.mean.bias)
+
+    def save(self, path: Path) -> None:
+        """Write what encoding needs, for a process without scvi-tools."""
+        self._network.to("cpu").save(path)
 
     @torch.inference_mode()
     def encode(self, indptr: LongArray, indices: IntArray, data: FloatArray, covariates: Covariates) -> Encoded:
@@ -167,47 +195,43 @@ class VaeEncoder:
             low, high = int(indptr[start]), int(indptr[stop])
             parts = (indptr[start : stop + 1] - low, indices[low:high], data[low:high])
             pointers, genes, counts = (self._tensor(part) for part in parts)
-            codes, continuous = self._covariates(covariates, start, stop)
+            codes = self._codes(covariates, start, stop)
+            numbers = covariates.continuous
+            continuous = None if numbers is None else self._tensor(numbers[start:stop])
             loc, var = self._encoder(pointers, genes, counts, codes, continuous)
             location[start:stop], variance[start:stop] = loc.cpu().numpy(), var.cpu().numpy()
-            mean[start:stop] = self._transform(loc).cpu().numpy()
+            transformed = torch.softmax(loc, dim=-1) if self._network.logistic_normal else loc
+            mean[start:stop] = transformed.cpu().numpy()
         return Encoded(mean, location, variance)
 
     def _tensor(self, values: Any) -> torch.Tensor:
         # Blocks come out of the object store read-only; torch warns of sharing such memory, so it is copied: 2 MB.
         return torch.tensor(values, device=self._device)
 
-    def _covariates(self, covariates: Covariates, start: int, stop: int) -> tuple[list[torch.Tensor], Any]:
-        codes: list[torch.Tensor] = []
-        continuous = []
-        if covariates.continuous is not None:
-            continuous.append(self._tensor(covariates.continuous[start:stop]))
+    def _codes(self, covariates: Covariates, start: int, stop: int) -> list[torch.Tensor]:
+        """Codes of every categorical covariate; the batch is the first."""
         if covariates.batch is not None:
-            batch = self._tensor(covariates.batch[start:stop])
-            if self._embedding:
-                continuous.append(self._module.compute_embedding("batch", batch[:, None]))
-            else:
-                codes.append(batch)
-        elif not self._embedding:
+            codes = [self._tensor(covariates.batch[start:stop])]
+        else:
             # A model without batches has one, which the encoder does not read, in the place of the first covariate.
-            codes.append(torch.zeros(stop - start, dtype=torch.int64, device=self._device))
+            codes = [torch.zeros(stop - start, dtype=torch.int64, device=self._device)]
         if covariates.categorical is not None:
             codes += [self._tensor(column[start:stop]) for column in covariates.categorical.T]
-        return codes, torch.cat(continuous, dim=1) if continuous else None
+        return codes
 
     @torch.inference_mode()
     def classify(self, location: FloatArray) -> FloatArray | None:
         """Probabilities of the labels, shape ``(n_cells, n_labels)``; None without a classifier."""
         if not self.labels:
             return None
-        classifier = self._module.classifier
-        out = classifier(self._tensor(location))
-        probabilities = torch.softmax(out, dim=-1) if classifier.logits else out
-        found: FloatArray = probabilities.cpu().numpy()
+        out = self._tensor(location)
+        for layer in self._network.classifier:
+            out = layer(out)
+        found: FloatArray = torch.softmax(out, dim=-1).cpu().numpy()
         return found
 
     def gene_influence(self) -> FloatArray:
-        """L2 norm of each gene's first-layer weights, shape ``(n_genes,)``."""
-        weight = self._module.z_encoder.encoder.fc_layers[0][0].weight[:, : self._n_genes]
-        found: FloatArray = weight.detach().norm(dim=0).cpu().numpy()
+        """L2 norm of each gene's first-layer weights, shape ``(n_genes,)``; batch normalisation is folded into them."""
+        weight = self._network.layers[0].weight[:, : self._network.n_genes]
+        found: FloatArray = weight.norm(dim=0).cpu().numpy()
         return found

@@ -19,6 +19,7 @@ from scviaduct.errors import PackageError, UnsupportedModelError
 from scviaduct.families import Covariates, family
 from scviaduct.references.archive import read_model_file
 from scviaduct.references.package import (
+    ENCODER,
     FORMAT,
     LATENTS,
     MANIFEST,
@@ -91,6 +92,7 @@ def build_package(
     template = make_template(saved, facts)
     template.write_h5ad(out / TEMPLATE)
     encoder = found.load(saved, template.copy(), "cpu")
+    encoder.save(out / ENCODER)
     notes: list[str] = []
     columns: dict[str, tuple[str, ...]] = {"index": facts.genes}
     data = data if data is not None else _read_data(folder)
@@ -103,7 +105,8 @@ def build_package(
         notes.append("The reference has no labels: cells are mapped with a null label.")
     latent = encode_template(encoder, template, facts)
     told = asdict(facts) | {"genes": columns}
-    _write_manifest(out, name, found.name, told, latent.tolist(), notes, {"folder": str(folder), **(provenance or {})})
+    origin = {"folder": str(folder)} if provenance is None else dict(provenance)
+    _write_manifest(out, name, found.name, told, latent.tolist(), notes, origin)
     return Reference.load(out)
 
 
@@ -125,7 +128,10 @@ def _check_hub_metadata(folder: Path, name: str) -> None:
     path = folder / "_scvi_required_metadata.json"
     if not path.is_file():
         return
-    told = json.loads(path.read_text()).get("model_cls_name")
+    try:
+        told = dict(json.loads(path.read_text())).get("model_cls_name")
+    except (ValueError, TypeError) as error:
+        raise PackageError(f"{path} cannot be read ({error}).", "Take the model from its publisher again.") from error
     if told != name:
         raise UnsupportedModelError(
             f"{path} says {told}, and {MODEL} says {name}.", "Take the model from its publisher again."

@@ -12,7 +12,6 @@ from pathlib import Path
 from platformdirs import user_data_path
 
 from scviaduct.errors import PackageError
-from scviaduct.references.building import build_package
 from scviaduct.references.package import MANIFEST, Reference
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -53,6 +52,8 @@ class Registry:
         PackageError
             If the name is taken by another digest, or is no name.
         """
+        from scviaduct.references.building import build_package  # AnnData takes seconds to import; a look-up need not
+
         if not _NAME.fullmatch(name):
             raise PackageError(
                 f"'{name}' is not a name for a reference.", "Lower-case letters, digits, . _ -, e.g. hlca-v2."
@@ -62,10 +63,10 @@ class Registry:
         try:
             made = build_package(Path(source), temporary, name)
             if target.exists():
-                there = Reference.load(target)
-                if there.digest == made.digest:
-                    return there
-                if not replace:
+                there = None if replace else Reference.load(target)  # replacing mends what cannot be read
+                if there is not None:
+                    if there.digest == made.digest:
+                        return there
                     raise PackageError(
                         f"Name '{name}' is taken by {there.family} {there.digest[:12]}; this is {made.digest[:12]}.",
                         "Choose another name, or --replace.",
@@ -92,7 +93,7 @@ class Registry:
             return Reference.load(self._folder / name)
         if (Path(name) / MANIFEST).exists():
             return Reference.load(Path(name).absolute())
-        names = [reference.name for reference in self.list()]
+        names = [path.parent.name for path in sorted(self._folder.glob(f"[!.]*/{MANIFEST}"))]
         close = get_close_matches(name, names, n=3) or names
         known = f"Registered: {', '.join(close)}." if close else "None is registered yet."
         raise PackageError(

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import anndata
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from scviaduct.families import Covariates
+from scviaduct.families import Covariates, family
+from scviaduct.references.archive import read_model_file
+from scviaduct.references.package import MODEL, TEMPLATE
 
 if TYPE_CHECKING:
     from scviaduct.families import Encoder, Facts
@@ -71,6 +74,32 @@ def encode_template(encoder: Encoder, template: AnnData, facts: Facts | Referenc
         )
     parts = counts.indptr.astype(np.int64), counts.indices.astype(np.int32), counts.data.astype(np.float32)
     return encoder.encode(*parts, covariates).mean
+
+
+def verify_encoding(reference: Reference, recorded: FloatArray) -> dict[str, float]:
+    """How far the template's latents are from those that were recorded, in standard deviations of these.
+
+    Parameters
+    ----------
+    reference
+        The package.
+    recorded
+        float32, shape ``(n_cells, n_latent)``.
+
+    Returns
+    -------
+    dict of str to float
+        Largest difference of the model as scvi-tools loads it, and of the package's encoder.
+    """
+    template = anndata.read_h5ad(reference.path / TEMPLATE)
+    saved = read_model_file(reference.path / MODEL)
+    model = family(reference.family).load(saved, template.copy(), "cpu")
+    encoders = {"encoding by the model": model, "encoding by the package's encoder": reference.encoder()}
+    scale = max(float(recorded.std()), 1e-12)
+    return {
+        what: float(np.abs(encode_template(encoder, template, reference) - recorded).max()) / scale
+        for what, encoder in encoders.items()
+    }
 
 
 def _codes(template: AnnData, column: str, categories: tuple[str, ...]) -> Any:

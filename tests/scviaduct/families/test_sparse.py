@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import torch
 from scvi.nn import Encoder
 
+from scviaduct.families.network import fold_encoder
 from scviaduct.families.sparse import SparseEncoder
 
 GENES, LATENT = 500, 10
@@ -78,7 +79,9 @@ def test_equals_scvi(name, log):
     inputs = inputs if continuous is None else torch.cat([inputs, continuous], 1)
     expected, _ = encoder(inputs, *(code[:, None] for code in codes))
 
-    mean, variance = SparseEncoder(encoder, genes, log_variational=log)(*tensors(matrix), codes, continuous)
+    mean, variance = SparseEncoder(fold_encoder(encoder, genes, log_variational=log))(
+        *tensors(matrix), codes, continuous
+    )
     assert ((mean - expected.loc).abs().max() / expected.loc.std()).item() <= 1e-5
     torch.testing.assert_close(variance, expected.scale**2, rtol=1e-4, atol=1e-6)
 
@@ -86,7 +89,7 @@ def test_equals_scvi(name, log):
 @torch.inference_mode()
 def test_cells_without_counts_and_no_cells():
     encoder = trained_like(n_hidden=16)
-    sparse = SparseEncoder(encoder, GENES, log_variational=True)
+    sparse = SparseEncoder(fold_encoder(encoder, GENES, log_variational=True))
     full = counts(5).toarray()
     full[2] = 0
     matrix = sp.csr_matrix(full)
@@ -100,6 +103,6 @@ def test_cells_without_counts_and_no_cells():
 @torch.inference_mode()
 def test_int64_indices_are_taken():
     encoder = trained_like(n_hidden=16)
-    sparse = SparseEncoder(encoder, GENES, log_variational=True)
+    sparse = SparseEncoder(fold_encoder(encoder, GENES, log_variational=True))
     indptr, indices, data = tensors(counts(20))
     torch.testing.assert_close(sparse(indptr, indices.long(), data)[0], sparse(indptr, indices, data)[0])
