@@ -121,9 +121,9 @@ def counts(blocks: Sequence[CellBlock], reference: Reference) -> Iterator[Findin
             "counts", "unknown", "No cell could be sampled.", "Check that the source has cells.", overridable=False
         )
         return
-    wrong = next((found for block in blocks if (found := _not_counts(block, reference))), None)
+    wrong = [found for block in blocks if (found := _not_counts(block, reference))]
     if wrong:
-        yield wrong
+        yield min(wrong, key=lambda found: found.overridable)  # what cannot be mapped at all before what can
     else:
         yield Finding(
             "counts", "ok", f"Non-negative integers in {sampled:,} sampled cells.", figures={"sampled": sampled}
@@ -210,7 +210,7 @@ def covariates(scan: Scan, reference: Reference) -> Iterator[Finding]:
         yield from _must_be_known("covariates", column, scan.columns.get(column), known, scan)
     for column in reference.continuous_covariates:
         summary = scan.columns.get(column)
-        if summary is None:
+        if summary is None or column in scan.missing:
             yield _absent("covariates", column, scan)
         elif summary.type not in ("double", "int64") or summary.nulls:
             what = f"{summary.nulls:,} cells without a value" if summary.nulls else f"{summary.type} values"
@@ -224,15 +224,16 @@ def _must_be_known(
     name: str, column: str, summary: ColumnSummary | None, known: Sequence[str], scan: Scan
 ) -> Iterator[Finding]:
     """A categorical column that the encoder reads: there, complete, categorical, and of known values."""
-    if summary is None:
+    if summary is None or column in scan.missing:
         yield _absent(name, column, scan)
         return
     if summary.nulls:
         message = f"{summary.nulls:,} of {scan.cells:,} cells have no value in obs column '{column}'."
         yield Finding(name, "stop", message, f"Fill '{column}', or filter those cells out.", overridable=False)
-    if summary.type == "double":
+    # A scan counts neither real numbers nor the values of an identifier or a measurement in integers.
+    if sum(summary.counts.values()) + summary.nulls < scan.cells and not (summary.truncated and summary.counts):
         message = f"obs column '{column}' holds numbers, where categories such as '{known[0]}' are meant."
-        yield Finding(name, "stop", message, "Name a categorical column: --batch-key COLUMN.", overridable=False)
+        yield Finding(name, "stop", message, _other_column(name, column), overridable=False)
         return
     new = [value for value in summary.counts if value not in known]
     if new:
@@ -251,6 +252,11 @@ def _absent(name: str, column: str, scan: Scan) -> Finding:
     message = f"obs column '{column}' is not in {place}, and the reference's encoder reads it."
     remedy = "Name the column that holds it: --batch-key COLUMN." if name == "batch" else "Add it to the source's obs."
     return Finding(name, "stop", message, remedy, overridable=False)
+
+
+def _other_column(name: str, column: str) -> str:
+    """Remedy for numbers in the place of categories."""
+    return "Name a categorical column: --batch-key COLUMN." if name == "batch" else f"Write '{column}' as text."
 
 
 def labels(scan: Scan, reference: Reference) -> Finding:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from scviaduct.errors import DataError
 from scviaduct.families.base import Covariates
 from scviaduct.mapping.labels import Certainty, NeighborVote
+from scviaduct.sources.obs import as_text
 from scviaduct.values import Mapping
 
 if TYPE_CHECKING:
@@ -82,8 +83,10 @@ class Mapper:
         Raises
         ------
         DataError
-            If a batch or covariate value is one that the reference does not know.
+            If a count is NaN, infinite or negative, a batch or covariate value is one that the reference does not know,
+            or a latent is not finite.
         """
+        self._require_counts(block)
         covariates = self._covariates(block)
         encoded = self._encoder.encode(block.indptr, block.indices, block.data, covariates)
         mean, location = encoded.mean, encoded.location
@@ -96,7 +99,7 @@ class Mapper:
             raise DataError(
                 f"Cell '{block.obs['observation_id'][bad]}' of dataset '{block.shard.dataset_id}' encodes to a"
                 " latent that is not finite.",
-                "Look at its counts: NaN, negative or extremely large values do this.",
+                "Look for extremely large counts or covariates in it, and run scviaduct reference verify.",
             )
         mean[~mapped] = np.nan
         return self._label(mean, location, mapped)
@@ -104,6 +107,19 @@ class Mapper:
     def gene_influence(self) -> FloatArray:
         """How much each gene moves the encoder; float32, shape ``(n_genes,)``."""
         return self._encoder.gene_influence()
+
+    def _require_counts(self, block: CellBlock) -> None:
+        """Preflight sees a sample only; NaN or a negative sum would make a cell look empty and pass for one."""
+        wrong = np.flatnonzero(~((block.data >= 0) & (block.data < np.inf)))
+        if len(wrong):
+            at = int(wrong[0])
+            cell = block.obs["observation_id"][int(np.searchsorted(block.indptr, at, side="right")) - 1].as_py()
+            gene = next(iter(self.reference.genes.columns.values()))[int(block.indices[at])]
+            raise DataError(
+                f"Cell '{cell}' of dataset '{block.shard.dataset_id}' has {block.data[at]:g} of gene '{gene}', which is"
+                " not a count.",
+                "Mend the cell, or name where raw counts are, e.g. layer=counts or layer=raw.",
+            )
 
     def _label(
         self, latent: FloatArray, location: FloatArray, mapped: np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -144,21 +160,26 @@ class Mapper:
 
     @staticmethod
     def _codes(block: CellBlock, column: str, categories: Sequence[str], what: str) -> LongArray:
-        values = block.obs[column].combine_chunks().cast(pa.string())
+        values = as_text(block.obs[column].combine_chunks())
         codes = pc.index_in(values, value_set=pa.array(categories, pa.string()))
         if codes.null_count:
-            bad = values.filter(pc.is_null(codes))[0].as_py()
+            row = pc.is_null(codes).index(True).as_py()
+            cell, bad = block.obs["observation_id"][row].as_py(), values[row].as_py()
+            told = "has no value" if bad is None else f"is '{bad}'"
             raise DataError(
-                f"{what.capitalize()} '{bad}' in obs column '{column}' of dataset '{block.shard.dataset_id}' is not one"
+                f"{what.capitalize()} '{column}' of cell '{cell}' in dataset '{block.shard.dataset_id}' {told}, not one"
                 f" that the reference was trained on ({some(categories)}).",
-                "A reference with encode_covariates=True maps known values only.",
+                "A reference with encode_covariates=True maps known values only, until scArches surgery is built.",
             )
         found: LongArray = codes.to_numpy(zero_copy_only=False).astype(np.int64)
         return found
 
     @staticmethod
     def _numbers(block: CellBlock, column: str) -> FloatArray:
-        values = block.obs[column].combine_chunks().cast(pa.float32()).to_numpy(zero_copy_only=False)
+        # Through numpy: Arrow refuses integers above 2**24 as float32, and they are common (counts of a library).
+        values = block.obs[column].combine_chunks().cast(pa.float64()).to_numpy(zero_copy_only=False)
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])
             raise DataError(

@@ -7,6 +7,7 @@ name, and what was accepted is recorded with the run. Findings that would make m
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from scviaduct.errors import InputError, NotFitError
@@ -24,6 +25,8 @@ SAMPLE_CELLS = 4096
 """Cells read for the sample, at most; spread over the files and along each."""
 SAMPLE_FILES = 64
 """Files that the sample reads from, at most."""
+SAMPLE_PLACES = 16
+"""Places along the source that the sample reads from, unless there are more files."""
 
 Verdict = Literal["fit", "not fit", "cannot tell"]
 _EXIT: dict[Verdict, int] = {"fit": 0, "not fit": 1, "cannot tell": 3}
@@ -162,14 +165,26 @@ def _one_per_file(shards: Sequence[Shard]) -> list[Shard]:
 
 
 def _sample(shards: Sequence[Shard], cells: int) -> list[tuple[Shard, int]]:
-    """Shards to look into and how many cells of each: every file (up to a bound), and evenly along the source."""
-    if not shards:
+    """Where to look and how many cells to read there: every file (up to a bound), and evenly along the source."""
+    chosen = _evenly(_one_per_file(shards), min(SAMPLE_FILES, cells))
+    places = min(SAMPLE_PLACES, cells)
+    chosen = list(dict.fromkeys([*chosen, *_evenly(shards, places - len(chosen))]))
+    if not chosen:
         return []
-    by_file = _one_per_file(shards)
-    step = max(1, len(by_file) // SAMPLE_FILES)
-    chosen = by_file[::step][:SAMPLE_FILES]
-    spread = max(0, 16 - len(chosen))
-    if spread:
-        picks = {round(i * (len(shards) - 1) / max(spread - 1, 1)) for i in range(spread)}
-        chosen = list(dict.fromkeys([*chosen, *(shards[i] for i in sorted(picks))]))
-    return [(shard, max(1, cells // len(chosen))) for shard in chosen]
+    limit = cells // len(chosen)
+    return [piece for shard in chosen for piece in _along(shard, limit, max(1, places // len(chosen)))]
+
+
+def _evenly[T](items: Sequence[T], n: int) -> list[T]:
+    """At most ``n`` of the items, evenly spaced, the first and the last among them."""
+    if n >= len(items):
+        return list(items)
+    return [items[i * (len(items) - 1) // max(n - 1, 1)] for i in range(n)]
+
+
+def _along(shard: Shard, limit: int, places: int) -> list[tuple[Shard, int]]:
+    """A few cells at several places of a shard; a reader that is given a limit does not verify what a shard holds."""
+    if shard.cells <= limit or places == 1:
+        return [(shard, limit)]
+    cuts = [shard.start + i * (shard.stop - shard.start) // places for i in range(places + 1)]
+    return [(replace(shard, start=low, stop=high), limit // places) for low, high in pairwise(cuts)]

@@ -1,0 +1,140 @@
+"""Shards in a reference's genes, and sources that change between planning and reading."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from scviaduct import faults
+from scviaduct.errors import DataError, SourceChangedError
+from scviaduct.mapping import reading
+from scviaduct.mapping.reading import gene_match, read_block
+from scviaduct.references.package import Reference
+from scviaduct.values import GeneTable
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch):
+    monkeypatch.setattr(reading, "_MATCHES", {})
+
+
+@pytest.fixture
+def reference(make_cells, tmp_path):
+    """A reference of every second gene in reverse order and of one that no query has; the model is not touched."""
+    genes = (*reversed(make_cells().var_names[::2]), "ENSG99999999999")
+    return Reference(tmp_path, "odd", "d" * 32, "SCVI", "1.5.1", GeneTable({"index": genes}), 10, False)
+
+
+def as_array(block):
+    return sparse.csr_matrix((block.data, block.indices, block.indptr), shape=(block.n_cells, block.n_genes)).toarray()
+
+
+def test_a_block_is_in_the_reference_s_genes(write, scan, make_cells, reference):
+    adata = make_cells()
+    (shard,) = scan(write(adata)).shards
+    block = read_block(shard, reference, ("age", "batch"))
+    expected = np.hstack([adata.X.toarray()[:, ::2][:, ::-1], np.zeros((60, 1))])
+    np.testing.assert_array_equal(as_array(block), expected)
+    assert block.obs.column_names == ["observation_id", "age", "batch"]
+    assert block.obs["age"].to_pylist() == adata.obs["age"].tolist()
+
+
+def versioned(adata):
+    adata.var_names = [f"{name}.{i + 1}" for i, name in enumerate(adata.var_names)]
+    return adata
+
+
+def in_a_column(adata):
+    adata.var = adata.var.assign(ids=adata.var_names).set_axis([f"gene{i}" for i in range(adata.n_vars)])
+    return adata
+
+
+def shuffled(adata):
+    return adata[:, np.random.default_rng(0).permutation(adata.n_vars)].copy()
+
+
+@pytest.mark.parametrize("change", [versioned, in_a_column, shuffled])
+def test_what_genes_are_called_changes_nothing(write, scan, make_cells, reference, change):
+    adata = make_cells()
+    (shard,) = scan(write(adata, "plain")).shards
+    (other,) = scan(write(change(adata), "changed")).shards
+    np.testing.assert_array_equal(
+        as_array(read_block(other, reference, ())), as_array(read_block(shard, reference, ()))
+    )
+
+
+def test_genes_that_mean_the_same_are_summed(write, scan, make_cells, reference):
+    adata = make_cells()
+    adata.var_names = [*adata.var_names[:39], f"{adata.var_names[0]}.7"]
+    (shard,) = scan(write(adata)).shards
+    counts = adata.X.toarray()
+    found = as_array(read_block(shard, reference, ()))
+    np.testing.assert_array_equal(found[:, 19], counts[:, 0] + counts[:, 39])
+    assert gene_match(shard, reference).summed == 1
+
+
+@pytest.mark.parametrize(("limit", "cells"), [(None, 60), (100, 60), (60, 60), (7, 7), (1, 1), (0, 0)])
+def test_a_limit_takes_the_first_cells(write, scan, make_cells, reference, limit, cells):
+    adata = make_cells()
+    (shard,) = scan(write(adata)).shards
+    block = read_block(shard, reference, ("age",), limit)
+    assert (block.n_cells, len(block.obs), len(block.rows)) == (cells, cells, cells)
+    assert block.obs["observation_id"].to_pylist() == adata.obs_names[:cells].tolist()
+    np.testing.assert_array_equal(as_array(block), as_array(read_block(shard, reference, ()))[:cells])
+
+
+def test_genes_are_matched_once_for_the_shards_of_a_file(write, scan, make_cells, reference, monkeypatch):
+    calls = []
+    match_genes = reading.match_genes
+    monkeypatch.setattr(reading, "match_genes", lambda *given: calls.append(given) or match_genes(*given))
+    path = write(make_cells())
+    shards = scan(path, 10).shards
+    assert len(shards) == 6
+    for shard in shards:
+        read_block(shard, reference, ())
+    assert len(calls) == 1
+    other = replace(reference, digest="e" * 32, genes=GeneTable({"index": ("A",)}))
+    assert gene_match(shards[0], other).present.tolist() == [False]
+    assert gene_match(shards[0], reference).present.sum() == 20
+    assert len(calls) == 2
+    write(make_cells(seed=2)[:, :5].copy())
+    assert gene_match(scan(path).shards[0], reference).present.sum() == 3
+    assert len(calls) == 3
+
+
+def test_the_matches_kept_are_bounded_and_the_oldest_goes(write, scan, make_cells, reference, monkeypatch):
+    monkeypatch.setattr(reading, "_MATCHES_KEPT", 2)
+    shards = [scan(write(make_cells(10, i), f"q{i}")).shards[0] for i in range(3)]
+    for shard in shards:
+        gene_match(shard, reference)
+    assert [key[0] for key in reading._MATCHES] == [shard.uri for shard in shards[1:]]
+
+
+def test_a_source_that_changed_since_it_was_planned(write, scan, make_cells, reference):
+    path = write(make_cells())
+    first, second = scan(path, 30).shards
+    assert read_block(first, reference, ()).n_cells == 30
+    write(make_cells(seed=2))
+    for shard in (first, second):
+        with pytest.raises(SourceChangedError, match=f"planned as version {shard.version} and is") as error:
+            read_block(shard, reference, ())
+        assert error.value.remedy.startswith("Plan again")
+        assert isinstance(error.value, DataError)  # the unit is quarantined; the run goes on
+    assert read_block(scan(path, 30).shards[1], reference, ()).n_cells == 30
+
+
+def test_rows_that_are_not_those_planned(write, scan, make_cells, reference):
+    (shard,) = scan(write(make_cells())).shards
+    with pytest.raises(SourceChangedError, match="select 59 cells, not the 60 that were planned"):
+        read_block(replace(shard, stop=59), reference, ())
+
+
+def test_reading_is_a_place_where_faults_can_be_set(write, scan, make_cells, reference, monkeypatch):
+    seen = []
+    monkeypatch.setattr(faults, "point", seen.append)
+    (shard,) = scan(write(make_cells())).shards
+    read_block(shard, reference, ())
+    assert seen == ["read"]
