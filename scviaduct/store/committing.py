@@ -115,7 +115,9 @@ def _keys_of(space: Path, pair: Pair) -> str | None:
 def _rewrite(space: Path, pair: Pair, left: pa.ChunkedArray) -> Pair:
     """Write the rows that stay, of both tables alike, keeping ``unit`` and ``unit_row``."""
     rows = np.flatnonzero(left.to_numpy())
-    name = f"{pair.cells.name}.r{digest(rows.tolist())[:12]}"
+    # Named after the unit's attempt and all that was cut from it: however often it is cut, the name keeps its length.
+    attempt = ".".join(pair.cells.name.split(".")[:2])
+    name = f"{attempt}.r{digest(pair.cells.name, rows.tolist())[:12]}"
     path = f"{UNITS}/{pair.cells.unit[:2]}/{name}.parquet"
     files = []
     for table, file in (("latents", pair.latents), ("cells", pair.cells)):

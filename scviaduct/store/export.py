@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from scviaduct.store.space import Space
 
 FORMATS = ("h5ad", "zarr", "parquet")
+_NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
 
 
 def export(
@@ -55,12 +56,14 @@ def export(
     Raises
     ------
     InputError
-        If ``to`` is no format, or ``out`` is there.
+        If ``to`` is no format, or ``out`` is there and is not to be replaced, or is a folder that is not a zarr group.
     """
     if to not in FORMATS:
         raise InputError(f"--to {to} is no format.", f"Formats: {', '.join(FORMATS)}.")
     if out.exists() and not overwrite:
         raise InputError(f"'{out}' is there.", "Name another file, or --overwrite.")
+    if out.is_dir() and not any((out / name).exists() for name in ("zarr.json", ".zgroup")):
+        raise InputError(f"'{out}' is a folder, and not one of zarr.", "It is not overwritten: name another file.")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{secrets.token_hex(4)}.{out.name}")
     try:
@@ -69,14 +72,27 @@ def export(
         else:
             data = _anndata(space, where, as_of, advance)
             data.write_h5ad(temporary) if to == "h5ad" else data.write_zarr(temporary)
-        if out.is_dir():
-            shutil.rmtree(out)
-        temporary.replace(out)
+        _put(temporary, out)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
     return out
+
+
+def _put(made: Path, out: Path) -> None:
+    """Put what was made where something is, which is moved aside first if a rename would not replace it."""
+    if not out.exists() or not (out.is_dir() or made.is_dir()):
+        made.replace(out)
+        return
+    aside = made.with_name(f"{made.name}.old")
+    out.rename(aside)
+    try:
+        made.replace(out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
 
 def _write_parquet(
@@ -100,11 +116,12 @@ def _anndata(space: Space, where: str | None, as_of: int | None, advance: Callab
         parts.append(table.select(rest))
         advance(len(table))
     schema = pa.schema([space.schema(snapshot).field(name) for name in rest])
-    obs = pa.concat_tables(parts).unify_dictionaries().to_pandas() if parts else schema.empty_table().to_pandas()
+    rows = pa.concat_tables(parts).unify_dictionaries() if parts else schema.empty_table()
+    obs = rows.to_pandas(types_mapper=_NULLABLE.get)
     obs.index = pd.Index(obs.pop("observation_id").astype(str), name="observation_id")
     latent = np.concatenate(latents) if latents else np.empty((0, space.n_latent), np.float32)
     # Units of one source may interleave (datasets do), so the order of rows is made here.
-    order = np.lexsort((obs["source_row"].to_numpy(), obs["source"].astype(str).to_numpy()))
+    order = np.lexsort((obs["source_row"].to_numpy(np.int64), obs["source"].astype(str).to_numpy()))
     obs = _writable(obs.iloc[order])
     uns = {
         "scviaduct": {
@@ -121,23 +138,16 @@ def _writable(obs: pd.DataFrame) -> pd.DataFrame:
     columns: dict[str, Any] = {}
     for name in obs.columns:
         values = obs[name]
-        if name == "soma_joinid":
-            if values.isna().all():
-                continue  # files have none
-            columns[name] = values.astype("Int64")
-        elif name == "ambiguous":
-            columns[name] = values.astype("boolean")
-        elif isinstance(values.dtype, pd.CategoricalDtype):
+        if name == "soma_joinid" and values.isna().all():
+            continue  # files have none
+        if isinstance(values.dtype, pd.CategoricalDtype):
             columns[name] = values.cat.remove_unused_categories()
         elif values.dtype == object:
-            filled = (
-                values.astype("boolean")
-                if all(isinstance(value, bool) for value in values.dropna())
-                else pd.Categorical(values)
-            )
-            columns[name] = filled
-        else:
+            columns[name] = pd.Categorical(values)
+        elif name in ("soma_joinid", "ambiguous") or values.isna().any():
             columns[name] = values
+        else:
+            columns[name] = values.to_numpy()
     return pd.DataFrame(columns, index=obs.index)
 
 

@@ -33,6 +33,7 @@ _NEIGHBORS = 30
 _SAMPLE = 256
 _RECALL = 0.99
 _SEED = 0
+_POINTS_PER_LIST = 39  # below, faiss warns that k-means has too few points
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 def _build_ivf(vectors: FloatArray, path: Path) -> tuple[int, int, float]:
     """Build IVF-Flat with 4 sqrt(n) lists; lists, probes for a recall of .99, and the recall measured."""
     n, dimensions = vectors.shape
-    lists = max(1, int(4 * math.sqrt(n)))
+    lists = max(1, min(int(4 * math.sqrt(n)), n // _POINTS_PER_LIST))
     rng = np.random.default_rng(_SEED)
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dimensions), dimensions, lists)
     index.cp.seed = _SEED

@@ -37,13 +37,40 @@ TYPES = {"string": pa.string(), "bool": pa.bool_(), "int64": pa.int64(), "double
 
 def cells_schema(kept: MappingType[str, str]) -> pa.Schema:
     """Schema of the ``cells`` table with these kept obs columns."""
-    taken = RESERVED & set(kept)
-    if taken:
-        raise InputError(
-            f"obs column '{min(taken)}' cannot be kept: the store has a column of that name.",
-            f"Rename it in the source, or leave it out; the store's own: {', '.join(sorted(RESERVED))}.",
-        )
+    taken = {name.lower(): name for name in RESERVED}
+    for name in kept:
+        other = taken.setdefault(name.lower(), name)
+        if other != name or name in RESERVED:
+            raise InputError(
+                f"obs column '{name}' cannot be kept: there is a column '{other}', and Delta Lake tells no case apart.",
+                f"Rename it in the source, or leave it out; the store's own: {', '.join(sorted(RESERVED))}.",
+            )
     return pa.schema([*CELLS, *((name, TYPES[kind]) for name, kind in kept.items()), *ORIGIN])
+
+
+def new_columns(there: pa.Schema, kept: MappingType[str, str]) -> list[pa.Field]:
+    """Kept columns that a ``cells`` table lacks.
+
+    Raises
+    ------
+    InputError
+        If the table has a column of that name and another type, or of that name in other letters.
+    """
+    remedy = "Rename the column in the source, or leave it out of --keep-obs."
+    wanted, known = cells_schema(kept), {name.lower(): name for name in there.names}
+    new = []
+    for name in kept:
+        other = known.get(name.lower())
+        if other is None:
+            new.append(wanted.field(name))
+        elif other != name:
+            problem = f"obs column '{name}' is '{other}' in the store, and Delta Lake tells no case apart."
+            raise InputError(problem, remedy)
+        elif there.field(name).type != wanted.field(name).type:
+            raise InputError(
+                f"obs column '{name}' is {kept[name]} here and {there.field(name).type} in the store.", remedy
+            )
+    return new
 
 
 def _constant(value: str, n: int) -> pa.Array:

@@ -118,7 +118,7 @@ def search(
     Raises
     ------
     InputError
-        If k is not positive, or the queries are of another latent size.
+        If k is not positive, or the queries are of another latent size or not finite.
     FilterError
         If ``where`` does not parse.
     """
@@ -126,6 +126,10 @@ def search(
         raise InputError(f"k = {k} asks for no neighbour.", "Give at least 1, e.g. -k 30.")
     if queries.latent.shape[1] != space.n_latent:
         raise InputError(f"Queries have {queries.latent.shape[1]} dimensions, {space.name} has {space.n_latent}.", "")
+    finite = np.isfinite(queries.latent).all(axis=1)
+    if not finite.all():
+        first = queries.ids[int(np.argmin(finite))]
+        raise InputError(f"The latent of query '{first}' is not a number.", "Leave out the cells that were not mapped.")
     index = ensure_index(space, as_of)
     chosen = None if where is None else np.flatnonzero(_selected(index, where))
     candidates = index.manifest.cells if chosen is None else len(chosen)

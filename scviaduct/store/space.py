@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +13,8 @@ from deltalake.exceptions import CommitFailedError
 from scviaduct import faults
 from scviaduct.errors import InputError, StoreError
 from scviaduct.store.committing import Pair, milliseconds, replace_cells, require_whole
-from scviaduct.store.schema import LATENT_COLUMNS, LATENTS, RESERVED, cells_schema
+from scviaduct.store.files import write_once
+from scviaduct.store.schema import LATENT_COLUMNS, LATENTS, RESERVED, cells_schema, new_columns
 from scviaduct.store.staging import Completion, is_whole, record_path
 from scviaduct.store.tables import Table, Version
 from scviaduct.store.where import parse_where
@@ -91,10 +92,32 @@ class Space:
         self._latents = Table(path / "latents", f"scviaduct:{self.name}")
         self._cells = Table(path / "cells", f"scviaduct:{self.name}")
 
-    def create_tables(self) -> None:
-        """Make both tables unless they are there."""
-        self._latents.create(LATENTS)
-        self._cells.create(cells_schema({}))
+    @classmethod
+    def create(cls, path: Path, told: Mapping[str, Any]) -> Self:
+        """Open a space, and make it first if it is not there; the marker comes last, so that whoever sees it may read.
+
+        Parameters
+        ----------
+        path
+            Folder of the space.
+        told
+            Reference, digest, n_latent and labels.
+
+        Raises
+        ------
+        InputError
+            If the folder is the space of another reference.
+        """
+        for name, schema in (("latents", LATENTS), ("cells", cells_schema({}))):
+            Table(path / name, "").create(schema)
+        write_once(path / "space.json", told)
+        space = cls(path)
+        if space.digest != told["digest"]:
+            raise InputError(
+                f"Space '{space.name}' is of the reference with digest {space.digest}, not {told['digest']}.",
+                "Register the reference under another name.",
+            )
+        return space
 
     def snapshot(self, as_of: int | None = None) -> Snapshot:
         """What a reader sees at a version, the newest if none is named.
@@ -107,11 +130,15 @@ class Space:
         return self._resolve(self._cells.load(as_of))
 
     def _resolve(self, cells: Version) -> Snapshot:
-        named = int(cells.told.get(f"{_TOLD}latents", 0))
-        latents = self._latents.load(named)
-        by_name = {file.name: file for file in latents.files.values()}
+        told = self._cells.told(cells.number)
+        named, run = int(told.get(f"{_TOLD}latents", 0)), told.get(f"{_TOLD}run", "")
+        by_name = {file.name: file for file in self._latents.load(named).files.values()}
+        for file in cells.files.values():
+            if file.name not in by_name:
+                problem = f"Version {cells.number} of {self.name} names {file.path}, which no latents go with."
+                raise StoreError(problem, "Something else rewrote the table; --as-of reads the versions before.")
         pairs = {file.name: Pair(by_name[file.name], file) for file in cells.files.values()}
-        return Snapshot(cells.number, cells.told.get(f"{_TOLD}run", ""), cells.timestamp, pairs, named, cells.columns)
+        return Snapshot(cells.number, run, cells.timestamp, pairs, named, cells.columns)
 
     def head(self) -> int:
         """Newest version; 0 for a space without a commit."""
@@ -209,14 +236,7 @@ class Space:
 
     def _widen(self, head: Version, kept: Mapping[str, str]) -> bool:
         """Add columns that the space lacks; whether there were any."""
-        wanted = cells_schema(kept)
-        for name in kept:
-            if name in head.columns.names and head.columns.field(name).type != wanted.field(name).type:
-                raise InputError(
-                    f"obs column '{name}' is {kept[name]} here and {head.columns.field(name).type} in the store.",
-                    "Rename the column in the source, or leave it out of --keep-obs.",
-                )
-        missing = [wanted.field(name) for name in kept if name not in head.columns.names]
+        missing = new_columns(head.columns, kept)
         if missing:
             self._cells.widen(head, missing)
         return bool(missing)

@@ -90,15 +90,14 @@ class Stager:
         keys = keys_digest(cells["observation_id"])
         completion = Completion(unit.id, files[0], files[1], int(mapping.mapped.sum()), keys)
         record = record_path(space, unit.id)
-        if not write_once(record, asdict(completion)):
+        while not write_once(record, asdict(completion)):
             winner = Completion.load(record)
             if is_whole(space, winner):
                 for table in ("latents", "cells"):
                     (space / table / path).unlink()
                 return winner
             # The winner's files were removed since; this attempt takes its place.
-            record.unlink()
-            write_once(record, asdict(completion))
+            record.unlink(missing_ok=True)
         faults.point("recorded")
         return completion
 

@@ -126,7 +126,8 @@ class Store:
         folder = _local(path)
         marker = folder / "store.json"
         if not marker.exists():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            # Another process may be making the same store, or have died doing so: what it left begins with a dot.
+            if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - set(folder.glob(".store.json.*"))):
                 raise InputError(f"'{folder}' holds something that is not a store.", "Name an empty or a new folder.")
             write_once(marker, {"format": FORMAT})
         return cls.open(folder)
@@ -187,11 +188,9 @@ class Store:
     def create_space(self, reference: str, digest: str, n_latent: int, labels: Sequence[str]) -> Space:
         """Open the space of a reference, and make it first if it is not there."""
         path = self.path / "spaces" / f"{reference}-{digest[:12]}"
-        told = {"reference": reference, "digest": digest, "n_latent": n_latent, "labels": list(labels)}
-        write_once(path / "space.json", told)
-        space = Space(path)
-        space.create_tables()
-        return space
+        return Space.create(
+            path, {"reference": reference, "digest": digest, "n_latent": n_latent, "labels": list(labels)}
+        )
 
     def begin_run(self, plan: Plan, space: str) -> None:
         """Note that a run has begun; the first attempt's note stays."""
@@ -257,8 +256,9 @@ class Store:
 
 def _unfinished(plan: dict[str, Any], file: Path) -> dict[str, Any]:
     """What is known of a run that left no record."""
-    space = Space(file.parents[2] / "spaces" / plan["space"])
-    done = space.completions(unit["id"] for unit in plan["units"])
+    space = file.parents[2] / "spaces" / plan["space"]
+    there = (space / "space.json").exists()  # unless someone removed it
+    done = Space(space).completions(unit["id"] for unit in plan["units"]) if there else {}
     return {
         "run": plan["run"],
         "space": plan["space"],

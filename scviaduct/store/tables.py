@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from scviaduct.errors import StoreError
@@ -73,7 +74,7 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version of a table: its number, its files, and what its commit said.
+    """A version of a table: its number and its files.
 
     Attributes
     ----------
@@ -81,8 +82,6 @@ class Version:
         Of the table's log.
     files
         Path to file.
-    told
-        Custom metadata of the commit.
     timestamp
         Milliseconds since 1970, UTC.
     sequence
@@ -93,7 +92,6 @@ class Version:
 
     number: int
     files: Mapping[str, DataFile]
-    told: Mapping[str, str]
     timestamp: int
     sequence: int
     columns: pa.Schema
@@ -121,7 +119,17 @@ class Table:
 
     def create(self, schema: pa.Schema) -> None:
         """Make the table unless it is there."""
-        DeltaTable.create(str(self.path), Schema.from_arrow(schema), mode="ignore", configuration=_CONFIGURATION)
+        # Without retries: one that comes second must not say again, on top of what was committed since, which columns
+        # there are.
+        once = CommitProperties(max_commit_retries=0)
+        with suppress(CommitFailedError):
+            DeltaTable.create(
+                str(self.path),
+                Schema.from_arrow(schema),
+                mode="ignore",
+                configuration=_CONFIGURATION,
+                commit_properties=once,
+            )
 
     def load(self, number: int | None = None) -> Version:
         """Read a version, the newest if none is named.
@@ -133,17 +141,25 @@ class Table:
         """
         try:
             table = DeltaTable(str(self.path), version=number)
-        except (TableNotFoundError, OSError, ValueError) as error:
+        except (DeltaError, OSError, OverflowError, ValueError) as error:
             remedy = "scviaduct status lists the versions."
             raise StoreError(f"{self.path} has no version {number}: {error}.", remedy) from error
-        commit = self._commit_info(table.version())
         listed = pa.table(table.get_add_actions(flatten=True)).to_pylist()
         files = {row["path"]: _file(row) for row in listed}
-        told = {key: str(value) for key, value in commit.items() if key.startswith("scviaduct.")}
-        schema = pa.schema(table.schema().to_arrow())
-        return Version(
-            table.version(), files, told, commit["timestamp"], table.transaction_version(self._app) or 0, schema
-        )
+        sequence = table.transaction_version(self._app) or 0
+        timestamp = self._commit_info(table.version())["timestamp"]
+        return Version(table.version(), files, timestamp, sequence, pa.schema(table.schema().to_arrow()))
+
+    def told(self, number: int) -> dict[str, str]:
+        """What the commit of a version said in this project's words, or the last one before it that said anything.
+
+        Added columns and a stock Delta vacuum make versions of their own, with the same rows as the one before.
+        """
+        for earlier in range(number, -1, -1):
+            said = self._commit_info(earlier).items()
+            if told := {key: str(value) for key, value in said if key.startswith("scviaduct.")}:
+                return told
+        return {}
 
     def _commit_info(self, number: int) -> dict[str, Any]:
         """What a commit said of itself, from the log.
@@ -163,12 +179,10 @@ class Table:
         return DeltaTable(str(self.path)).history()
 
     def widen(self, base: Version, fields: Sequence[pa.Field]) -> None:
-        """Add columns; the commit says again what ``base`` said, so that a reader of it sees the same."""
+        """Add columns, on top of ``base``."""
         table = DeltaTable(str(self.path), version=base.number)
-        told = {key: value for key, value in base.told.items() if key != "scviaduct.run"}
-        properties = self._properties(base, told)
         schema = Schema.from_arrow(pa.schema(fields))
-        table.alter.add_columns(schema.fields, commit_properties=properties)
+        table.alter.add_columns(schema.fields, commit_properties=self._properties(base, {}))
 
     def commit(
         self,

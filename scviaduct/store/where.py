@@ -11,12 +11,14 @@
     column     = name | '"' any text '"'
     value      = 'text' (a quote is doubled) | number | "true" | "false"
 
-Words are read in any case. A comparison with null is false, ``not`` of it too, as in SQL's WHERE. Nothing is ever
-handed to a query language.
+Words are read in any case. A comparison with null is false, ``not`` of it too, as in SQL's WHERE. A number is compared
+in the column's own precision: ``probability = 0.9`` holds for a probability that is printed so. Nothing is ever handed
+to a query language.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -28,7 +30,7 @@ import pyarrow.compute as pc
 from scviaduct.errors import FilterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<text>'(?:[^']|'')*')|(?P<quoted>"[^"]+")|(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
@@ -36,15 +38,19 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "=": lambda a, b: a == b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
-    "<>": lambda a, b: a != b,
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<>": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
 }
+_DEPTH = 100
+"""Conditions within conditions, as deep as they are read: deeper ones would exhaust Python's stack."""
+_COMPARISONS = 1_000
+"""Comparisons of one condition: Arrow descends by recursion, and a chain of 12,000 ended the process."""
 _EXAMPLE = "It reads like: tissue = 'lung' and (probability >= 0.9 or label in ('B cell', 'T cell'))."
 
 
@@ -98,6 +104,7 @@ class _Parser:
         self._schema = schema
         self._tokens = self._scan()
         self._next = 0
+        self._depth = self._comparisons = 0
         self._columns: dict[str, None] = {}
 
     def _scan(self) -> list[_Token]:
@@ -143,16 +150,26 @@ class _Parser:
         return left
 
     def _not(self) -> pc.Expression:
-        if self._take("not"):
-            return ~self._not()
-        if self._take("("):
+        token = self._tokens[self._next]
+        if not token.says("not", "("):
+            return self._comparison()
+        self._next += 1
+        self._depth += 1
+        if self._depth > _DEPTH:
+            raise self._error(f"is nested deeper than {_DEPTH} levels", token.at)
+        if token.says("not"):
+            inner = ~self._not()
+        else:
             inner = self._or()
             self._need(")")
-            return inner
-        return self._comparison()
+        self._depth -= 1
+        return inner
 
     def _comparison(self) -> pc.Expression:
         token = self._tokens[self._next]
+        self._comparisons += 1
+        if self._comparisons > _COMPARISONS:
+            raise self._error(f"has more than {_COMPARISONS:,} comparisons (a list in 'in' may be longer)", token.at)
         name = self._column()
         field, kind = pc.field(name), self._kind(name)
         if self._take("is"):
@@ -167,28 +184,38 @@ class _Parser:
             while self._take(","):
                 values.append(self._value(name, kind))
             self._need(")")
-            among = self._plain(field, kind).isin(pa.array(values))
-            # Without this, a null is "not in" every list, while every other comparison with it is false.
-            return (~among if negated else among) & field.is_valid()
-        operator = self._tokens[self._next]
-        if operator.kind == "operator" and operator.text in _COMPARE:
+            plain, literals = self._comparable(name, kind, values)
+            # Arrow says that a null is in no list; here it is unknown, as every other comparison with it.
+            among = pc.if_else(field.is_valid(), plain.isin(literals), pa.scalar(None, pa.bool_()))
+            return ~among if negated else among
+        sign = self._tokens[self._next]
+        if sign.kind == "operator" and sign.text in _COMPARE:
             self._next += 1
-            return _COMPARE[operator.text](self._plain(field, kind), pa.scalar(self._value(name, kind)))
+            plain, literals = self._comparable(name, kind, [self._value(name, kind)])
+            return _COMPARE[sign.text](plain, literals[0])
         if kind != "bool":
             raise self._error(f"compares '{name}' with nothing", token.at)
         return field == pa.scalar(True)  # noqa: FBT003
 
-    @staticmethod
-    def _plain(field: pc.Expression, kind: str) -> pc.Expression:
-        return field.cast(pa.string()) if kind == "text" else field
+    def _comparable(self, name: str, kind: str, values: Sequence[Any]) -> tuple[pc.Expression, pa.Array]:
+        """A column and values of one type: a float column's own, or doubles where an integer meets a fraction."""
+        field, own = pc.field(name), self._schema.field(name).type
+        if kind == "text":
+            return field.cast(pa.string()), pa.array(values, pa.string())
+        if pa.types.is_floating(own):
+            return field, pa.array([float(value) for value in values], own)
+        if any(isinstance(value, float) for value in values):
+            return field.cast(pa.float64(), safe=False), pa.array([float(value) for value in values], pa.float64())
+        return field, pa.array(values)
 
     def _column(self) -> str:
         token = self._tokens[self._next]
         if token.kind not in ("word", "quoted") or token.says("and", "or", "not", "in", "is", "null", "true", "false"):
             raise self._error("lacks a column", token.at)
         name = token.text.strip('"')
-        if name not in self._schema.names or pa.types.is_list(self._schema.field(name).type):
-            close = get_close_matches(name, self._schema.names, n=3) or self._schema.names
+        names = [field.name for field in self._schema if not pa.types.is_list(field.type)]
+        if name not in names:
+            close = get_close_matches(name, names, n=3) or names
             raise FilterError(f"There is no column '{name}' to filter on.", f"There are: {', '.join(close)}.")
         self._next += 1
         self._columns[name] = None
@@ -206,7 +233,9 @@ class _Parser:
         if token.kind == "text" and kind == "text":
             return token.text[1:-1].replace("''", "'")
         if token.kind == "number" and kind == "number":
-            return int(token.text) if re.fullmatch(r"[+-]?\d+", token.text) else float(token.text)
+            number = float(token.text)
+            whole = re.fullmatch(r"[+-]?\d+", token.text) and abs(number) < 2**63
+            return int(token.text) if whole else number
         if token.says("true", "false") and kind == "bool":
             return token.text.lower() == "true"
         example = {"text": "'text'", "number": "a number", "bool": "true or false"}[kind]

@@ -1,0 +1,198 @@
+"""The index beside a version: how many true neighbours it finds, and when it is built."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from scviaduct.store import index as index_module
+from scviaduct.store import search as search_module
+from scviaduct.store.index import IVF_FROM, ensure_index, manifest_of
+from scviaduct.store.search import Queries, search, stored_queries
+from tests.scviaduct.store.synthetic import DIGEST, Lab, Store
+
+CELLS, WIDTH, K = 22_000, 10, 30
+KEPT = {"part": "string", "batch": "string"}
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory):
+    """22,000 cells in 20 clusters of unequal size and shape; the lab, their latents, and obs columns to filter on."""
+    rng = np.random.default_rng(0)
+    cluster = rng.choice(20, CELLS, p=rng.dirichlet(np.full(20, 2)))
+    width = rng.uniform(0.2, 1, (20, WIDTH))
+    latent = (rng.normal(size=(20, WIDTH)) * 3)[cluster] + rng.normal(size=(CELLS, WIDTH)) * width[cluster]
+    latent = latent.astype(np.float32)
+    near = np.argsort(((latent - latent[0]) ** 2).sum(axis=1))
+    part = np.full(CELLS, "rest", object)
+    part[near[: CELLS // 50]] = "one place"  # 2 %, all of them neighbours of each other
+    batch = np.full(CELLS, "most", object)
+    drawn = rng.permutation(CELLS)
+    batch[drawn[: CELLS // 10]] = "tenth"
+    batch[drawn[CELLS // 10 : CELLS // 10 + CELLS // 1000]] = "few"
+    store = Store.create(tmp_path_factory.mktemp("atlas") / "store")
+    lab = Lab(store, store.create_space("atlas", DIGEST, WIDTH, ("type 0",)))
+    lab.commit(
+        *(
+            lab.stage(
+                range(start, stop),
+                latent=latent[start:stop],
+                unmapped=[start],
+                kept=KEPT,
+                obs={"part": part[start:stop], "batch": batch[start:stop]},
+            )
+            for start, stop in ((0, 9_000), (9_000, CELLS))
+        ),
+        kept=KEPT,
+    )
+    latent[[0, 9_000]] = np.nan
+    return lab, latent, {"part": part, "batch": batch}
+
+
+def recall_of(hits, query, latent, chosen):
+    """Share of the true neighbours among the selected cells that were found; and nothing but selected cells were."""
+    chosen = np.flatnonzero(chosen & np.isfinite(latent).all(axis=1))
+    k = min(K, len(chosen))
+    squares = (query**2).sum(1)[:, None] + (latent[chosen] ** 2).sum(1) - 2 * query @ latent[chosen].T
+    truth = chosen[np.argpartition(squares, k - 1, axis=1)[:, :k]]
+    found = np.array([int(key[1:]) for key in hits.table["observation_id"].to_pylist()]).reshape(len(query), k)
+    assert np.isin(found, chosen).all()
+    assert all(len(set(row)) == k for row in found.tolist())
+    distance = hits.table["distance"].to_numpy().reshape(found.shape)
+    assert (np.diff(distance, axis=1) >= 0).all()
+    expected = np.linalg.norm(query[:, None] - latent[found], axis=2)
+    np.testing.assert_allclose(distance, expected, rtol=1e-3, atol=1e-3)
+    return np.mean([np.isin(a, b).mean() for a, b in zip(truth, found, strict=True)])
+
+
+FILTERS = {
+    None: lambda obs: np.ones(CELLS, bool),
+    "batch = 'few'": lambda obs: obs["batch"] == "few",
+    "part = 'one place'": lambda obs: obs["part"] == "one place",
+    "batch in ('tenth')": lambda obs: obs["batch"] == "tenth",
+    "batch = 'most'": lambda obs: obs["batch"] == "most",
+    "part = 'one place' and not batch = 'most'": lambda obs: (obs["part"] == "one place") & (obs["batch"] != "most"),
+}
+
+
+@pytest.mark.parametrize("exact_up_to", [search_module.EXACT_UP_TO, 0], ids=["as planned", "index through the filter"])
+@pytest.mark.parametrize("where", FILTERS)
+def test_neighbours_are_found(atlas, monkeypatch, where, exact_up_to):
+    lab, latent, obs = atlas
+    monkeypatch.setattr(search_module, "EXACT_UP_TO", exact_up_to)
+    rng = np.random.default_rng(1)
+    picked = latent[rng.integers(1, 9_000, 100)]
+    # half of the queries lie among the cells, half off; far off, a filter needs the more lists that its share asks for
+    off = np.repeat([[0.01], [3.0 if where else 1.0]], 50, axis=0)
+    query = (picked + off * rng.normal(size=picked.shape)).astype(np.float32)
+    queries = Queries(["q"] * 100, [f"{i}" for i in range(100)], query)
+    chosen = FILTERS[where](obs)
+    hits = search(lab.space, queries, K, where=where)
+    planned = exact_up_to and where is not None
+    assert hits.method == ("exact on the selected cells" if planned else "IVF-Flat")
+    assert hits.candidates == (chosen & np.isfinite(latent).all(axis=1)).sum()
+    recall = recall_of(hits, query, latent, chosen)
+    assert recall >= (1 if planned else 0.99)
+    exact = search(lab.space, queries, K, where=where, exact=True)
+    assert exact.method.startswith("exact")
+    assert recall_of(exact, query, latent, chosen) == 1
+
+
+def test_the_index_knows_how_good_it_is(atlas):
+    lab, *_ = atlas
+    manifest = ensure_index(lab.space).manifest
+    assert manifest == manifest_of(lab.space)
+    assert (manifest.cells, manifest.dimensions, manifest.version) == (CELLS - 2, WIDTH, lab.space.head())
+    assert manifest.cells >= IVF_FROM
+    assert 0.99 <= manifest.recall <= 1
+    assert 1 <= manifest.probes < manifest.lists
+
+
+def test_a_list_that_is_too_short_is_made_up(atlas):
+    """The list of a far query holds fewer cells than it asks for: all are compared then."""
+    lab, latent, _ = atlas
+    query = np.full((1, WIDTH), 100, np.float32)
+    hits = search(lab.space, Queries(["q"], ["0"], query), 5_000)
+    assert hits.table.num_rows == 5_000
+    distance = np.sort(np.linalg.norm(latent[np.isfinite(latent).all(axis=1)] - query, axis=1))[:5_000]
+    np.testing.assert_allclose(hits.table["distance"].to_numpy(), distance, rtol=1e-3)
+
+
+def test_stored_cells_in_a_large_index(atlas):
+    lab, *_ = atlas
+    queries = stored_queries(lab.space, "batch = 'few'")
+    found = search(lab.space, queries, 5).table
+    assert len(found) == 5 * len(queries.ids) == 5 * (CELLS // 1000)
+    assert all(row["query"] != row["observation_id"] for row in found.to_pylist())
+    assert min(found["distance"].to_pylist()) > 0
+
+
+# When it is built
+
+
+def folders(lab):
+    return sorted(path.name for path in (lab.space.path / "index").glob("*"))
+
+
+def found_ids(lab, **how):
+    queries = Queries(["q"], ["0"], np.zeros((1, 4), np.float32))
+    return {row["observation_id"] for row in search(lab.space, queries, 100, **how).table.to_pylist()}
+
+
+def test_a_newer_version_makes_it_stale(lab):
+    lab.put(range(3))
+    assert manifest_of(lab.space) is None
+    assert found_ids(lab) == {"c0", "c1", "c2"}
+    built = (lab.space.path / "index" / "1" / "vectors.f32").stat()
+    assert found_ids(lab) == {"c0", "c1", "c2"}
+    again = (lab.space.path / "index" / "1" / "vectors.f32").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (built.st_ino, built.st_mtime_ns)
+    lab.put(range(2, 5), stamp=1, unmapped=[4])
+    assert manifest_of(lab.space).version == 1
+    assert found_ids(lab) == {"c0", "c1", "c2", "c3"}
+    assert (manifest_of(lab.space).version, manifest_of(lab.space).cells) == (2, 4)
+    assert found_ids(lab, as_of=1) == {"c0", "c1", "c2"}
+    for number in range(2, 11):
+        lab.put([number], stamp=number)
+    found_ids(lab)
+    assert manifest_of(lab.space).version == 11  # of all that are there, by number and not by letter
+
+
+def test_builders_at_once_share_one(lab):
+    lab.put(range(50))
+    start = threading.Barrier(6)
+
+    def look(_):
+        start.wait()
+        return found_ids(lab)
+
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(look, range(6)))
+    assert results == [{f"c{row}" for row in range(50)}] * 6
+    assert folders(lab) == ["1"]
+
+
+def test_a_build_that_fails_leaves_nothing(lab, monkeypatch):
+    lab.put(range(3))
+    monkeypatch.setattr(index_module, "IVF_FROM", 1)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "_build_ivf", fail)
+        with pytest.raises(OSError, match="No space left"):
+            found_ids(lab)
+    assert folders(lab) == []
+    assert manifest_of(lab.space) is None
+
+
+def test_what_a_killed_builder_left_does_not_matter(lab):
+    lab.put(range(3))
+    (lab.space.path / "index" / ".1.abcd").mkdir(parents=True)
+    (lab.space.path / "index" / ".1.abcd" / "vectors.f32").write_bytes(b"half")
+    assert found_ids(lab) == {"c0", "c1", "c2"}
+    assert manifest_of(lab.space).version == 1
