@@ -1,8 +1,8 @@
 """Named points at which a test kills the process, to prove that nothing is lost.
 
 ``SCVIADUCT_FAULT=NAME@FILE`` makes the first process that reaches :func:`point` ``NAME`` create ``FILE`` and end by
-SIGKILL, as a lost node would. ``FILE`` marks that it happened, so that it happens once. Without the variable a point
-costs one dictionary look-up.
+SIGKILL, as a lost node would. ``FILE`` marks that it happened, so that it happens once. Several are joined by commas.
+Without the variable a point costs one dictionary look-up.
 
 Points, in the order that a unit meets them: ``read`` (a reader holds the shard), ``encode`` (an actor holds the block),
 ``staged`` (the unit's files are written), ``recorded`` (its completion record is), ``latents-committed`` (inside the
@@ -23,11 +23,12 @@ def point(name: str) -> None:
     wanted = os.environ.get("SCVIADUCT_FAULT")
     if wanted is None:
         return
-    fault, _, marker = wanted.partition("@")
-    if fault != name:
-        return
-    try:
-        Path(marker).touch(exist_ok=False)
-    except FileExistsError:
-        return
-    os.kill(os.getpid(), signal.SIGKILL)
+    for told in wanted.split(","):
+        fault, _, marker = told.partition("@")
+        if fault != name:
+            continue
+        try:
+            Path(marker).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,12 +1,15 @@
 """The exact names that a saved model may refer to, and what each stands for while it is read.
 
 Where a function could be made to allocate without bound or to reach further, a narrow one of our own stands in its
-place: it does what saved models need and nothing else.
+place: it does what saved models need and nothing else. States are set by :func:`set_state` alone: numpy and pandas
+believe what a state says of memory, so that a dtype with object fields makes pointers of any bytes.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import reprlib
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from pandas.core.internals import BlockManager
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +55,8 @@ def _tensor(storage: Storage, offset: int, size: Sequence[int], stride: Sequence
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=False)) if whole else -1
     if not whole or (math.prod(size) > 0 and last >= storage.flat.numel()):
         raise ValueError("a tensor lies outside of its storage")
+    if math.prod(size) > storage.flat.numel():  # steps of zero: a few bytes that whoever copies them makes terabytes of
+        raise ValueError("a tensor has more elements than its storage")
     return (
         storage.flat.as_strided(tuple(size), tuple(stride), offset)
         if math.prod(size)
@@ -74,11 +78,14 @@ def _scalar(dtype: np.dtype[Any], data: bytes = b"") -> Any:
     return np.frombuffer(data, dtype, 1)[0]
 
 
-def _dtype(code: Any, *flags: Any) -> np.dtype[Any]:
-    """``numpy.dtype`` of a type code."""
-    if not isinstance(code, str):
-        raise TypeError("a dtype that is not a code")
-    return np.dtype(code, *flags)
+_PLAIN = re.compile(r"[biufcSUO][0-9]{0,9}")
+
+
+def _dtype(code: Any, *_: Any) -> np.dtype[Any]:
+    """``numpy.dtype`` of the code of a number, a text or objects."""
+    if not isinstance(code, str) or not _PLAIN.fullmatch(code):
+        raise TypeError(f"a dtype that is not plain: {reprlib.repr(code)}")
+    return np.dtype(code)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -91,10 +98,6 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 def _bytes(*data: bytes) -> bytes:
     """``bytes`` of nothing or of bytes; ``bytes(10**12)`` would allocate as much."""
     return b"".join(data)
-
-
-def _dict(*pairs: Any) -> dict[Any, Any]:
-    return dict(*pairs)
 
 
 def _index(_kind: Any, state: dict[str, Any]) -> pd.Index:
@@ -112,19 +115,50 @@ class _IndexKind:
 _INDEX_KIND = _IndexKind()
 
 
-def _block(values: Any, placement: Any, ndim: int) -> Any:
-    from pandas._libs.internals import _unpickle_block
+class Table:
+    """Stands for a table of pandas, or a part of one: the training history, which nothing here reads."""
 
-    if not isinstance(values, np.ndarray) or not isinstance(placement, slice | np.ndarray):
-        raise TypeError("a block of a table that is not an array")
-    return _unpickle_block(values, placement, ndim)
+    def __init__(self, *_: Any) -> None:
+        pass
+
+
+def set_state(target: Any, state: Any) -> None:
+    """Give a new object its state, as far as saved models need it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no state that such a model has.
+    """
+    if isinstance(target, Table | OrderedDict):
+        return  # a table is not read; what a state_dict says of its modules' versions is not either
+    if isinstance(target, np.dtype):
+        _, order, *parts = state
+        if order not in ("<", "|", "=") or any(part is not None for part in parts[:3]) or len(parts) != 6:
+            raise ValueError("a dtype that has fields or another byte order")
+    elif type(target) is np.ndarray:
+        _fill(target, *state)
+    else:
+        raise TypeError(f"a {type(target).__name__} that is given a state")
+
+
+def _fill(array: Any, version: Any, shape: Any, dtype: Any, fortran: Any, data: Any) -> None:
+    """Fill an array that :func:`_array` made, once: memory that something views is never given back."""
+    if array.shape != (0,) or array.dtype != np.int8:
+        raise ValueError("an array that is filled twice")
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError("an array without a shape")
+    expected = math.prod(shape) * (1 if dtype.hasobject else dtype.itemsize)
+    if not isinstance(data, list if dtype.hasobject else bytes) or len(data) != expected:
+        raise ValueError("an array whose data has not the size of its shape")
+    array.__setstate__((version, shape, dtype, bool(fortran), data))
 
 
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _TABLE: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): defaultdict,
-    ("builtins", "dict"): _dict,
+    ("builtins", "dict"): dict,
     ("builtins", "slice"): slice,
     ("builtins", "bytes"): _bytes,
     ("_codecs", "encode"): _encode,
@@ -133,9 +167,9 @@ _TABLE: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _dtype,
     **{(module, "_reconstruct"): _array for module in _NUMPY},
     **{(module, "scalar"): _scalar for module in _NUMPY},
-    ("pandas.core.frame", "DataFrame"): pd.DataFrame,
-    ("pandas.core.internals.managers", "BlockManager"): BlockManager,
-    ("pandas._libs.internals", "_unpickle_block"): _block,
+    ("pandas.core.frame", "DataFrame"): Table,
+    ("pandas.core.internals.managers", "BlockManager"): Table,
+    ("pandas._libs.internals", "_unpickle_block"): Table,
     ("pandas.core.indexes.base", "_new_Index"): _index,
     ("pandas.core.indexes.base", "Index"): _INDEX_KIND,
     ("pandas.core.indexes.range", "RangeIndex"): _INDEX_KIND,

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from scviaduct.families import Encoder, Facts
+    from scviaduct.families import Encoder, Facts, Family
+    from scviaduct.references.archive import SavedModel
 
 _CARRIED = ("_scvi_required_metadata.json", "README.md")
 _BLOCK = 8192
@@ -82,14 +83,13 @@ def build_package(
             f"'{folder}' does not say which class its model is.", "Save it with scvi-tools >= 0.15."
         )
     found = family(str(registry["model_name"]))
-    facts = found.facts(saved)
+    facts, template = _describe(folder, found, saved)
     _check_hub_metadata(folder, found.name)
     out.mkdir(parents=True)
     shutil.copyfile(folder / MODEL, out / MODEL)
     for file in _CARRIED:
         if (folder / file).is_file():
             shutil.copyfile(folder / file, out / file)
-    template = make_template(saved, facts)
     template.write_h5ad(out / TEMPLATE)
     encoder = found.load(saved, template.copy(), "cpu")
     encoder.save(out / ENCODER)
@@ -108,6 +108,18 @@ def build_package(
     origin = {"folder": str(folder)} if provenance is None else dict(provenance)
     _write_manifest(out, name, found.name, told, latent.tolist(), notes, origin)
     return Reference.load(out)
+
+
+def _describe(folder: Path, found: Family, saved: SavedModel) -> tuple[Facts, AnnData]:
+    """Facts and template of a model, whose registry may hold anything."""
+    try:
+        facts = found.facts(saved)
+        return facts, make_template(saved, facts)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"The registry in '{folder}' is not one of a {found.name} ({type(error).__name__}: {error}).",
+            "Load and save it with the scvi-tools that made it.",
+        ) from error
 
 
 def _copy_package(folder: Path, out: Path, name: str) -> Reference:

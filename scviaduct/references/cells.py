@@ -15,6 +15,9 @@ from scviaduct.errors import InputError
 from scviaduct.families.vae import quiet
 from scviaduct.sources import open_source
 
+_SPANS = (0.3, 0.6, 1.0)
+"""Shares of the genes that the local regression of variance on mean looks at: scanpy's own, then wider ones."""
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -89,6 +92,10 @@ def _check_columns(scan: Scan, recipe: Recipe, available: Sequence[str]) -> None
         if summary.nulls and column != recipe.labels_key:
             remedy = f"Fill '{column}', or filter those cells out: filter={column} != 'unknown'."
             raise InputError(f"{summary.nulls:,} of {scan.cells:,} cells have no value in '{column}'.", remedy)
+        numeric = column in (*recipe.continuous_covariates, recipe.size_factor_key)
+        if numeric and summary.type not in ("int64", "double"):
+            remedy = "Name it with --categorical-covariates, or a column of numbers."
+            raise InputError(f"'{column}' holds {summary.type} values, and numbers are needed.", remedy)
     if recipe.labels_key:
         labels = [value for value in scan.columns[recipe.labels_key].counts if value != recipe.unlabeled_category]
         if recipe.family.upper() == "SCANVI" and len(labels) < 2:
@@ -143,21 +150,27 @@ def _with_labels(cells: AnnData, recipe: Recipe) -> AnnData:
 def select_genes(cells: AnnData, recipe: Recipe) -> AnnData:
     """Keep the most variable genes (Seurat v3, Stuart et al., Cell 2019), ranked within batches.
 
+    The method fits variance against mean by local regression, which is singular where few genes share a mean, as in a
+    panel or a small batch: it is then fitted over wider neighbourhoods.
+
     Raises
     ------
     InputError
-        If the method fails on these cells, as it does on very few or very even ones.
+        If the method fails on these cells all the same, as it does on very few or very even ones.
     """
     if not recipe.genes or recipe.genes >= cells.n_vars:
         return cells
     import scanpy as sc
 
-    try:
-        with quiet():
-            found = sc.pp.highly_variable_genes(
-                cells, flavor="seurat_v3", n_top_genes=recipe.genes, batch_key=recipe.batch_key, inplace=False
-            )
-    except ValueError as error:
-        told = f"Variable genes cannot be chosen among {cells.n_vars:,} genes of {cells.n_obs:,} cells ({error})."
-        raise InputError(told, "Train on all genes: --genes 0.") from error
-    return cells[:, found["highly_variable"].to_numpy()].copy()
+    singular: ValueError | None = None
+    for span in _SPANS:
+        options = {"n_top_genes": recipe.genes, "batch_key": recipe.batch_key, "span": span}
+        try:
+            with quiet():
+                found = sc.pp.highly_variable_genes(cells, flavor="seurat_v3", inplace=False, **options)
+        except ValueError as error:
+            singular = error
+        else:
+            return cells[:, found["highly_variable"].to_numpy()].copy()
+    told = f"Variable genes cannot be chosen among {cells.n_vars:,} genes of {cells.n_obs:,} cells."
+    raise InputError(told, "Train on all genes: --genes 0.") from singular

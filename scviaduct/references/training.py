@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from scviaduct.references.package import Reference
 
+_DEVICES = ("auto", "cpu", "cuda")
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -97,10 +99,11 @@ def train(source: str, recipe: Recipe, out: str | Path) -> Reference:
     found = family_of(recipe.family)
     if found.name == "SCANVI" and not recipe.labels_key:
         raise InputError("A SCANVI needs labels, and no labels column is named.", "--labels-key cell_type.")
+    _check_options(recipe, found.name)
     arguments = _arguments(recipe.settings, found.arguments())
     cells, pinned, source_version = read_cells(source, recipe)
     cells = select_genes(cells, recipe)
-    model = _fit(cells, recipe, arguments, with_labels=found.name == "SCANVI")
+    model = _fit(cells, recipe, arguments, classifier=found.name == "SCANVI")
     provenance = {
         "source": pinned,
         "source_version": source_version,
@@ -112,11 +115,41 @@ def train(source: str, recipe: Recipe, out: str | Path) -> Reference:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         saved, package = Path(temporary, "saved"), Path(temporary, "package")
         model.save(str(saved), save_anndata=False)
+        if recipe.labels_key and found.name == "SCVI":  # it knows no unlabelled category, so those cells get no label
+            known = cells.obs[recipe.labels_key]
+            cells.obs[recipe.labels_key] = known.where(known != recipe.unlabeled_category)
         made = build_package(saved, package, folder.name, cells, provenance)
         if folder.exists():
             folder.rmdir()
         shutil.move(made.path, folder)
     return type(made).load(folder)
+
+
+_KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("True or False", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a name", (str,)),
+}
+"""Type of an argument's default to what it asks for, and the types that will do."""
+
+
+def _check_options(recipe: Recipe, family: str) -> None:
+    """Refuse options that training would fail on, or pass over, after the cells were read."""
+    for name, least in {"genes": 0, "epochs": 1, "scanvi_epochs": 1, "batch_size": 2, "loader_workers": 0}.items():
+        value = getattr(recipe, name)
+        if value is not None and value < least:
+            raise InputError(f"{_flag(name)} {value} is too few.", f"At least {least}.")
+    if recipe.device not in _DEVICES:
+        raise InputError(f"'{recipe.device}' is not a device to train on.", f"One of {', '.join(_DEVICES)}.")
+    for name in ("samples_per_label", "scanvi_epochs"):
+        value = getattr(recipe, name)
+        if family != "SCANVI" and value is not None:
+            raise InputError(f"{_flag(name)} {value} is for a SCANVI, not for a {family}.", "Leave it out.")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _arguments(told: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,12 +164,15 @@ def _arguments(told: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, A
         except (ValueError, SyntaxError):
             values[name] = text
         default = known[name]
-        if isinstance(default, int) and not isinstance(default, bool) and not isinstance(values[name], int):
-            raise InputError(f"--set {name}={text}: '{text}' is not a whole number.", f"E.g. --set {name}={default}.")
+        wanted = next((kind for kind in _KINDS if type(default) is kind), None)
+        if wanted is not None and type(values[name]) not in _KINDS[wanted][1]:
+            raise InputError(
+                f"--set {name}={text}: '{text}' is not {_KINDS[wanted][0]}.", f"E.g. --set {name}={default}."
+            )
     return values
 
 
-def _fit(cells: AnnData, recipe: Recipe, arguments: Mapping[str, Any], *, with_labels: bool) -> Any:
+def _fit(cells: AnnData, recipe: Recipe, arguments: Mapping[str, Any], *, classifier: bool) -> Any:
     """Train an SCVI, and a SCANVI from it."""
     import scvi
 
@@ -158,10 +194,16 @@ def _fit(cells: AnnData, recipe: Recipe, arguments: Mapping[str, Any], *, with_l
         scvi.settings.seed = recipe.seed
         scvi.settings.dl_num_workers = recipe.loader_workers
         try:
-            scvi.model.SCVI.setup_anndata(cells, labels_key=recipe.labels_key if with_labels else None, **setup)
-            model = scvi.model.SCVI(cells, **arguments)
+            scvi.model.SCVI.setup_anndata(cells, labels_key=recipe.labels_key, **setup)
+            try:
+                model = scvi.model.SCVI(cells, **arguments)
+            except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+                told = ", ".join(f"--set {name}={value}" for name, value in arguments.items())
+                raise InputError(
+                    f"scvi-tools refuses {told}: {error}.", "See the arguments of scvi.model.SCVI."
+                ) from error
             model.train(max_epochs=recipe.epochs, **training)
-            if with_labels:
+            if classifier:
                 model = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category=recipe.unlabeled_category)
                 labelled = {"n_samples_per_label": recipe.samples_per_label}
                 model.train(max_epochs=recipe.scanvi_epochs, **labelled, **training)
