@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from scviaduct import faults
 from scviaduct.mapping.reading import read_block
 from scviaduct.references.package import Reference
 
@@ -37,6 +38,7 @@ def read_shard(shard: Shard, reference: str, columns: Sequence[str]) -> tuple[in
     if reference not in _REFERENCES:
         _REFERENCES[reference] = Reference.load(reference)
     block = read_block(shard, _REFERENCES[reference], columns)
+    faults.point("read")
     return block.nbytes, block
 
 

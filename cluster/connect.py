@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -63,12 +65,16 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Res
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     local = target == "local"
     own = {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False} if local else {}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=target, logging_level=logging.ERROR, log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(
             f"Ray at '{target}' does not answer: {error}.", "Start it, or use --address local."
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray takes SIGTERM for itself and aborts on it; whoever runs us decides what it means.
+        signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield _resources(local=local)
     finally:

@@ -16,7 +16,7 @@ from scviaduct.mapping.planning import kept_types, make_plan
 from scviaduct.references.registry import Registry
 from scviaduct.sources import open_source
 from scviaduct.store import Store
-from scviaduct.store.schema import cells_schema
+from scviaduct.store.schema import cells_schema, new_columns
 from scviaduct.values import Settings
 
 if TYPE_CHECKING:
@@ -150,6 +150,9 @@ def map(  # noqa: A001 - the name of the command
             return _result(plan, report, clock, "planned")
         opened = Store.create(store)
         space = opened.create_space(package.name, package.digest, package.n_latent, package.labels)
+        new_columns(
+            space.snapshot().columns, plan.settings.keep_obs
+        )  # refuses another type of a column, before any work
         run = Run(plan, package, opened, space, progress)
         todo = run.todo()
         if not todo and run.is_visible():

@@ -93,14 +93,16 @@ def reference(found: Reference, *, as_json: bool) -> None:
     if as_json:
         dump(facts)
         return
+    provenance = facts.pop("provenance")
+    for name, value in provenance.items():
+        told = {key: part for key, part in value.items() if part} if isinstance(value, dict) else value
+        facts[name.replace("_", " ")] = told
     shown = {key: _some(value) if isinstance(value, list | dict) else value for key, value in facts.items()}
-    _facts({key: value for key, value in shown.items() if value not in ("", None)})
+    _facts({key.replace("_", " "): value for key, value in shown.items() if value not in ("", None)})
 
 
 def _some(values: list[Any] | dict[str, Any], limit: int = 12) -> str:
-    texts = (
-        [f"{key}={value}" for key, value in values.items()] if isinstance(values, dict) else [str(v) for v in values]
-    )
+    texts = [f"{key} {value}" for key, value in values.items()] if isinstance(values, dict) else list(map(str, values))
     rest = len(texts) - limit
     return ", ".join(texts[:limit]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -106,7 +106,7 @@ class Bar(_Base):
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("", total=None, rate=0.0, start=False)
+        self._task = self._bar.add_task("", total=None, rate=0.0, start=False, visible=False)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -120,7 +120,7 @@ class Bar(_Base):
     @override
     def start(self, what: str, total: int, done: int = 0) -> None:
         super().start(what, total, done)
-        self._bar.reset(self._task, description=what, total=total, completed=done, rate=0.0)
+        self._bar.reset(self._task, description=what, total=total, completed=done, rate=0.0, visible=True)
 
     @override
     def advance(self, cells: int) -> None:

@@ -12,6 +12,7 @@ from actors.mapping import MappingWorker
 from actors.pool import MappingPool, Placement
 from cluster.connect import connect
 from cluster.dispatch import Dispatcher, Limits, Outcome, Quarantined
+from scviaduct import __version__
 from scviaduct.errors import DataError, InputError
 from scviaduct.mapping.mapper import model_columns
 from scviaduct.mapping.reading import read_block
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from scviaduct.store import Completion, Space, Store
     from scviaduct.values import Plan, Unit
 
-_SOFTWARE = ("scviaduct", "scvi-tools", "torch", "ray", "deltalake", "tiledbsoma", "anndata")
+_SOFTWARE = ("scvi-tools", "torch", "ray", "deltalake", "tiledbsoma", "anndata")
 
 
 class Run:
@@ -131,7 +132,8 @@ class Run:
             units_done=len(self._done),
             cells_done=sum(completion.cells.rows for completion in self._done.values()),
             quarantined=[_told(item) for item in outcome.quarantined],
-            software={name: version(name) for name in _SOFTWARE},
+            # On a cluster the code travels with the job and is not installed, so it has no metadata to ask.
+            software={"scviaduct": __version__} | {name: version(name) for name in _SOFTWARE},
             seconds=dict(seconds),
         )
         if not self._done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from pipelines.progress import reporter
@@ -9,8 +10,12 @@ from scviaduct.references.training import Recipe
 from scviaduct.references.training import train as train_reference
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from pipelines.progress import Reporter
+
+_SAY_EVERY = 10.0  # seconds
 
 
 def train(
@@ -91,5 +96,22 @@ def train(
         settings=dict(settings or {}),
     )
     with reporter(quiet=quiet) as progress:
-        progress.say(f"training a {family} reference on {source}")
-        return train_reference(source, recipe, out).path
+        return train_reference(source, recipe, out, _epochs(progress)).path
+
+
+def _epochs(progress: Reporter) -> Callable[[str, int, int], None]:
+    """Say how far training is, at most every ten seconds, and when each model begins and ends."""
+    began = last = time.monotonic()
+
+    def tell(name: str, done: int, epochs: int) -> None:
+        nonlocal began, last
+        now = time.monotonic()
+        if done == 0:
+            began = last = now
+            progress.say(f"training {name}: {epochs:,} epochs")
+        elif done == epochs or now - last >= _SAY_EVERY:
+            last = now
+            left = (now - began) / done * (epochs - done)
+            progress.say(f"training {name}: epoch {done:,} of {epochs:,}, {left:,.0f} s left")
+
+    return tell

@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED = Path(os.environ.get("SCVIADUCT_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -22,12 +23,39 @@ def home(tmp_path_factory):
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Torch's threads wait for each other by spinning: where cores are shared, two take ten times as long as one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real count data; a machine without it skips what needs it."""
     if not SHARED.is_dir():
         pytest.skip(f"needs the shared real data, and {SHARED} is absent")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def pbmc(symphony, home):
+    """A registered SCANVI of real cells: trained on 3' v1 and v2, never on 5', which stay for queries."""
+    import pipelines as sv
+
+    out = home / "pbmc-model"
+    known = f"{symphony}?filter=batch in ['3pv1', '3pv2']"
+    keys = {"labels_key": "cell_type", "batch_key": "batch"}
+    sv.train(known, family="scanvi", out=out, genes=0, epochs=15, scanvi_epochs=6, device="cpu", quiet=True, **keys)
+    return sv.reference.add(out, name="pbmc")
+
+
+@pytest.fixture(scope="session")
+def five_prime(symphony):
+    """URI of the cells that no test reference was trained on."""
+    return f"{symphony}?filter=batch == '5p'"
 
 
 def _unpack(archive: Path, folder: Path) -> Path:
@@ -63,7 +91,7 @@ def symphony(shared_data) -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray(home):
-    """One Ray on this machine for the whole session: two CPUs, and two GPUs that exist on paper only."""
+    """One Ray on this machine for the whole session."""
     import ray
 
     ray.init(

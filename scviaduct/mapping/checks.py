@@ -238,7 +238,8 @@ def _must_be_known(
     new = [value for value in summary.counts if value not in known]
     if new:
         message = (
-            f"obs column '{column}' has {len(new)} values that the reference does not know ({some(new)}), and its"
+            f"obs column '{column}' has {len(new)} value{'s' * (len(new) != 1)} that the reference does not know"
+            f" ({some(new)}), and its"
             " encoder reads them (encode_covariates=True): new ones need scArches surgery, which is not built yet."
         )
         remedy = f"Map cells of known values only ({some(known)}), or with encode_covariates=False."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from scviaduct import faults
 from scviaduct.mapping.genes import GeneMatch, match_genes
 from scviaduct.sources import open_shard
 
@@ -48,6 +47,4 @@ def read_block(shard: Shard, reference: Reference, columns: Sequence[str], limit
         If the source no longer holds the planned cells.
     """
     target = gene_match(shard, reference).target
-    block = open_shard(shard).read(shard, target, len(reference.genes), columns, limit)
-    faults.point("read")
-    return block
+    return open_shard(shard).read(shard, target, len(reference.genes), columns, limit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from scviaduct.references.package import Reference
 
 _DEVICES = ("auto", "cpu", "cuda")
+OnEpoch = Callable[[str, int, int], None]
+
+
+def _unheard(name: str, done: int, epochs: int) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class Recipe:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
-def train(source: str, recipe: Recipe, out: str | Path) -> Reference:
+def train(source: str, recipe: Recipe, out: str | Path, on_epoch: OnEpoch = _unheard) -> Reference:
     """Train a reference and make a package of it.
 
     Parameters
@@ -82,6 +88,8 @@ def train(source: str, recipe: Recipe, out: str | Path) -> Reference:
         How to train.
     out
         Folder of the package; it must be new or empty.
+    on_epoch
+        Called with the class, the number of epochs done and that of all, before the first epoch and after each.
 
     Returns
     -------
@@ -103,7 +111,7 @@ def train(source: str, recipe: Recipe, out: str | Path) -> Reference:
     arguments = _arguments(recipe.settings, found.arguments())
     cells, pinned, source_version = read_cells(source, recipe)
     cells = select_genes(cells, recipe)
-    model = _fit(cells, recipe, arguments, classifier=found.name == "SCANVI")
+    model = _fit(cells, recipe, arguments, on_epoch, classifier=found.name == "SCANVI")
     provenance = {
         "source": pinned,
         "source_version": source_version,
@@ -172,7 +180,7 @@ def _arguments(told: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, A
     return values
 
 
-def _fit(cells: AnnData, recipe: Recipe, arguments: Mapping[str, Any], *, classifier: bool) -> Any:
+def _fit(cells: AnnData, recipe: Recipe, arguments: Mapping[str, Any], on_epoch: OnEpoch, *, classifier: bool) -> Any:
     """Train an SCVI, and a SCANVI from it."""
     import scvi
 
@@ -182,10 +190,10 @@ def _fit(cells: AnnData, recipe: Recipe, arguments: Mapping[str, Any], *, classi
         "continuous_covariate_keys": list(recipe.continuous_covariates) or None,
         "size_factor_key": recipe.size_factor_key,
     }
-    training = {
+    training: dict[str, Any] = {
         "batch_size": recipe.batch_size,
         "accelerator": {"cuda": "gpu"}.get(recipe.device, recipe.device),
-        "devices": 1 if recipe.device != "auto" else "auto",
+        "devices": 1,
         "enable_progress_bar": False,
         "logger": False,
     }
@@ -202,11 +210,21 @@ def _fit(cells: AnnData, recipe: Recipe, arguments: Mapping[str, Any], *, classi
                 raise InputError(
                     f"scvi-tools refuses {told}: {error}.", "See the arguments of scvi.model.SCVI."
                 ) from error
-            model.train(max_epochs=recipe.epochs, **training)
+            model.train(max_epochs=recipe.epochs, callbacks=[_listener("SCVI", on_epoch)], **training)
             if classifier:
                 model = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category=recipe.unlabeled_category)
-                labelled = {"n_samples_per_label": recipe.samples_per_label}
-                model.train(max_epochs=recipe.scanvi_epochs, **labelled, **training)
+                training["n_samples_per_label"] = recipe.samples_per_label
+                model.train(max_epochs=recipe.scanvi_epochs, callbacks=[_listener("SCANVI", on_epoch)], **training)
         finally:
             scvi.settings.dl_num_workers = before
     return model
+
+
+def _listener(name: str, on_epoch: OnEpoch) -> Any:
+    """A Lightning callback that tells of every epoch."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    return LambdaCallback(
+        on_train_start=lambda trainer, _: on_epoch(name, 0, trainer.max_epochs),
+        on_train_epoch_end=lambda trainer, _: on_epoch(name, trainer.current_epoch + 1, trainer.max_epochs),
+    )

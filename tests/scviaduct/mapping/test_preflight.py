@@ -313,7 +313,7 @@ UNKNOWN_TO_THE_ENCODER = [
     (
         "covariates",
         {"sex": ["male", *["m"] * 59]},
-        "obs column 'sex' has 1 values that the reference does not know (male)",
+        "obs column 'sex' has 1 value that the reference does not know (male)",
         "Map cells of known values only (f, m), or with encode_covariates=False.",
     ),
     (
