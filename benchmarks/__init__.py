@@ -1,0 +1,1 @@
+"""What scviaduct costs, measured side by side, with the machine it was measured on."""
