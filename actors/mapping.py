@@ -30,19 +30,19 @@ class MappingWorker:
     stager
         Where the rows go.
     device
-        ``"cpu"``, ``"cuda"``, or ``"auto"`` for the GPU that Ray assigned to this actor, if any.
-    threads
-        Compute threads. One: two threads on busy cores take encoding from 80,000 to 6,400 cells per CPU-second.
+        ``"cpu"`` or ``"cuda"``; None for the GPU that Ray assigned to this actor, if any.
+
+    Notes
+    -----
+    The process computes on one thread from then on: two threads on busy cores take encoding from 80,000 to 6,400 cells
+    per CPU-second.
     """
 
-    def __init__(
-        self, reference: str, settings: Settings, stager: Stager, device: str = "auto", threads: int = 1
-    ) -> None:
-        torch.set_num_threads(threads)
-        faiss.omp_set_num_threads(threads)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() and ray.is_initialized() and ray.get_gpu_ids() else "cpu"
-        self.device = device
+    def __init__(self, reference: str, settings: Settings, stager: Stager, device: str | None = None) -> None:
+        torch.set_num_threads(1)
+        faiss.omp_set_num_threads(1)
+        self.device = device or ("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+        device = self.device
         self._mapper = Mapper(Reference.load(reference), settings, device)
         self._settings = settings
         self._stager = stager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 OBJECT_STORE_BYTES = 1 << 30
 """Object store of a Ray that we start ourselves. The dispatcher's byte budget is half of it, so that nothing spills."""
+
+
+_ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,33 @@ class Resources:
     gpus: float
     object_store: int
     local: bool
+
+
+def require_answer(address: str | None = None) -> None:
+    """Find out within seconds whether a cluster is there; ``ray.init`` takes minutes to give up.
+
+    Parameters
+    ----------
+    address
+        As for :func:`connect`.
+
+    Raises
+    ------
+    EngineError
+        If ``HOST:PORT`` takes no connection.
+    """
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    host, colon, port = target.rpartition("://")[2].rpartition(":")
+    if ray.is_initialized() or not colon:
+        return
+    if not port.isdigit():
+        raise EngineError(f"'{target}' is no address of a Ray cluster.", "Write local, auto or HOST:PORT.")
+    try:
+        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+    except OSError as error:
+        raise EngineError(
+            f"Ray at '{target}' does not answer: {error.strerror or error}.", "Start it, or use --address local."
+        ) from error
 
 
 @contextmanager
@@ -62,6 +93,7 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Res
     if ray.is_initialized():
         yield _resources(local=False)
         return
+    require_answer(address)
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     local = target == "local"
     own = {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False} if local else {}

@@ -8,6 +8,7 @@ that waits in its queue.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from scviaduct.values import Unit
+
+
+ATTEMPTS = 3
+"""Tries of a unit before it is quarantined."""
 
 
 class Pool(Protocol):
@@ -63,7 +68,7 @@ class Limits:
     readers: int
     bytes_in_flight: int = 512 << 20
     blocks_per_actor: int = 2
-    attempts: int = 3
+    attempts: int = ATTEMPTS
     start_attempts: int = 3
 
 
@@ -142,12 +147,20 @@ class Dispatcher:
         self._outcome = Outcome()
         self._largest = 0
         self._failed_starts = 0
+        self._on_ready: Callable[[], None] = _nothing
 
-    def run(self, units: Sequence[Unit]) -> Outcome:
+    def run(self, units: Sequence[Unit], on_ready: Callable[[], None] | None = None) -> Outcome:
         """Map all units.
 
         Whatever ends the call, an interrupt included, ends the actors too; completed units keep their records, so the
         same run goes on from there.
+
+        Parameters
+        ----------
+        units
+            What to map.
+        on_ready
+            Called when the first actor has loaded its reference.
 
         Raises
         ------
@@ -155,6 +168,7 @@ class Dispatcher:
             If actors cannot be started.
         """
         self._pending = deque(_Work(unit) for unit in units)
+        self._on_ready = on_ready or _nothing
         try:
             for _ in range(min(self._limits.actors, len(units))):
                 self._start()
@@ -231,6 +245,9 @@ class Dispatcher:
                 ) from error
             self._start()
         else:
+            if not any(other.ready for other in self._slots):
+                self._on_ready()
+                self._on_ready = _nothing
             slot.ready = True
             self._failed_starts = 0
 
@@ -239,6 +256,9 @@ class Dispatcher:
         try:
             work.nbytes = ray.get(ref)
         except (RayError, DataError) as error:
+            # The block has the same error; Ray prints the traceback of one that nobody asked for.
+            with contextlib.suppress(RayError, DataError):
+                ray.get(work.block)
             work.block = None
             self._retry(work, error)
             return
@@ -281,6 +301,10 @@ class Dispatcher:
         quarantined = Quarantined(work.unit, work.attempts, _cause(error))
         self._outcome.quarantined.append(quarantined)
         self._on_quarantine(quarantined)
+
+
+def _nothing() -> None:
+    """Call no one twice."""
 
 
 def _cause(error: Exception) -> str:

@@ -1,12 +1,14 @@
 """The command line. Each command is the Python call of the same name in :mod:`pipelines`.
 
 Exit status: 0 done; 1 not fit, or verification failed; 2 wrong input; 3 cannot tell; 4 committed, with units in
-quarantine; 130 interrupted.
+quarantine; 5 the machines gave way (disk, network, cluster); 130 interrupted.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from typing import Annotated, Any, override
 
 import typer
@@ -17,6 +19,8 @@ from pipelines import printing
 from scviaduct import __version__
 from scviaduct.errors import InputError, ScviaductError
 
+MACHINE = 5
+"""Exit status after an error of the system, such as a full disk."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM, as shells count it."""
 
@@ -31,8 +35,17 @@ class _Commands(TyperGroup):
         except ScviaductError as error:
             typer.echo(f"scviaduct: {error}", err=True)
             raise typer.Exit(error.exit_status) from None
+        except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"scviaduct: {place}{error.strerror or error}. Mend it and run the same command.", err=True)
+            raise typer.Exit(MACHINE) from None
         except KeyboardInterrupt:
-            typer.echo("scviaduct: interrupted. What is complete is kept: run the same command to go on.", err=True)
+            kept = "What is complete is kept: run the same command to go on."
+            told = kept if ctx.invoked_subcommand == "map" else "Nothing is left half-written."
+            typer.echo(f"scviaduct: interrupted. {told}", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -277,6 +290,10 @@ def search(
     out: Annotated[str | None, Option(help="Write the hits to this parquet file.")] = None,
     exact: Annotated[bool, Option("--exact", help="Compare with every cell, without the index.")] = False,
     reference: SpaceOf = None,
+    package: Annotated[
+        str | None, Option(help="Path of the space's package, for --cells, where it is not registered.")
+    ] = None,
+    batch_key: BatchKey = None,
     accept: Accept = None,
     as_of: AsOf = None,
     as_json: Json = False,
@@ -295,6 +312,8 @@ def search(
         out=out,
         exact=exact,
         reference=reference,
+        package=package,
+        batch_key=batch_key or "",
         accept=_list(accept),
         as_of=as_of,
         quiet=quiet,
@@ -324,12 +343,13 @@ def export(
 def demo(
     folder: Annotated[str, Option(help="Where everything goes.")] = "demo",
     cells: Annotated[int, Option(help="Query cells to simulate.")] = 24_000,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the main job end to end on simulated cells: train, map on Ray, commit, index, search."""
     from pipelines.demo import demo as run
 
-    printing.demo(run(folder, cells=cells, quiet=quiet))
+    printing.demo(run(folder, cells=cells, quiet=quiet), as_json=as_json)
 
 
 def _version(*, value: bool) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from cluster.connect import require_answer
 from pipelines.jobs import SHARD_CELLS
 from pipelines.progress import reporter
 from pipelines.running import Run
@@ -46,6 +47,8 @@ class MapResult:
         Version of the space that holds the run's cells; None if there is none.
     cells, units
         Of the plan.
+    cells_done
+        Cells of the plan that the version holds.
     mapped_units
         Units mapped by this call; the others were completed before.
     quarantined
@@ -60,6 +63,7 @@ class MapResult:
     state: Literal["planned", "nothing to do", "committed", "failed"]
     version: int | None
     cells: int
+    cells_done: int
     units: int
     mapped_units: int
     quarantined: tuple[Quarantined, ...]
@@ -143,11 +147,13 @@ def map(  # noqa: A001 - the name of the command
         raise InputError(f"--shard-cells {shard_cells} holds no cell.", remedy)
     package = Registry().get(reference)
     settings = Settings(batch_key=batch_key, ambiguous_entropy=ambiguous_entropy, neighbors=neighbors)
+    if engine == "ray" and not dry_run:
+        require_answer(address)  # before the minutes that scanning an atlas takes
     clock = _Clock()
     with reporter(quiet=quiet) as progress:
         plan, report = _plan(source, package, settings, keep_obs, shard_cells, accept, clock)
         if dry_run:
-            return _result(plan, report, clock, "planned")
+            return _result(plan, report, clock, "planned", cells_done=0)
         opened = Store.create(store)
         space = opened.create_space(package.name, package.digest, package.n_latent, package.labels)
         new_columns(
@@ -156,8 +162,7 @@ def map(  # noqa: A001 - the name of the command
         run = Run(plan, package, opened, space, progress)
         todo = run.todo()
         if not todo and run.is_visible():
-            return _result(plan, report, clock, "nothing to do", version=space.head())
-        progress.start("mapping", plan.cells, plan.cells - sum(unit.shard.cells for unit in todo))
+            return _result(plan, report, clock, "nothing to do", cells_done=plan.cells, version=space.head())
         with clock.stage("map"):
             if engine == "inline":
                 outcome = run.inline(todo)
@@ -166,7 +171,7 @@ def map(  # noqa: A001 - the name of the command
         with clock.stage("commit"):
             version = run.commit(outcome, clock.seconds)
     state: Literal["committed", "failed"] = "failed" if version is None else "committed"
-    return _result(plan, report, clock, state, version=version, outcome=outcome)
+    return _result(plan, report, clock, state, cells_done=run.cells_done(), version=version, outcome=outcome)
 
 
 def _plan(
@@ -198,12 +203,13 @@ def _result(
     clock: _Clock,
     state: Literal["planned", "nothing to do", "committed", "failed"],
     *,
+    cells_done: int,
     version: int | None = None,
     outcome: Outcome | None = None,
 ) -> MapResult:
     quarantined = tuple(outcome.quarantined) if outcome else ()
     mapped = len(outcome.completions) if outcome else 0
-    sizes = plan.cells, len(plan.units)
+    sizes = plan.cells, cells_done, len(plan.units)
     return MapResult(plan.run, state, version, *sizes, mapped, quarantined, report, dict(clock.seconds))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
 
 _SHOWN_HITS = 20
 _SPACE_COLUMNS = ("space", "version", "cells", "versions", "index")
-_RUN_COLUMNS = ("run", "state", "reference", "version", "units_done", "units", "cells", "started")
-_MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "stop": "[red]stop[/]", "unknown": "[yellow]unknown[/]"}
+_RUN_COLUMNS = ("run", "state", "reference", "version", "units_done", "units", "cells_done", "cells", "started")
+_HIT_COLUMNS = ("query", "rank", "distance", "dataset_id", "observation_id", "label", "probability")
+_HIT_DETAILS = ("query_dataset", "source", "soma_joinid", "margin", "entropy", "ambiguous", "reference")
+_STYLES = {"ok": "green", "warn": "yellow", "stop": "red", "unknown": "yellow", "failed": "red"}
+_WIDE = 160  # columns where the output is no terminal
 
 
 def dump(value: Any) -> None:
@@ -33,15 +38,24 @@ def dump(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
-    """Print a table; numbers to the right."""
+    """Print a table; numbers to the right, and names in one piece."""
     rows = [list(row) for row in rows]
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(title=None if title is None else Text(title), title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
-        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        made.add_column(Text(name), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for row in rows:
-        made.add_row(*(_cell(value) for value in row))
-    Console().print(made)
+        # Text, not markup: what is printed is data, and a label may hold brackets.
+        made.add_row(*(value if isinstance(value, Text) else Text(_cell(value)) for value in row))
+    _console().print(made)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=_WIDE)
+
+
+def _mark(word: str) -> Text:
+    return Text(word, _STYLES.get(word, ""))
 
 
 def _cell(value: object) -> str:
@@ -57,10 +71,13 @@ def _cell(value: object) -> str:
 
 
 def _facts(facts: Mapping[str, object], title: str | None = None) -> None:
-    made = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    title_text = None if title is None else Text(title)
+    made = Table(title=title_text, title_justify="left", show_header=False, box=None, pad_edge=False)
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
     for name, value in facts.items():
-        made.add_row(f"[bold]{name}[/]", _cell(value))
-    Console().print(made)
+        made.add_row(Text(name, "bold"), Text(_cell(value)))
+    _console().print(made)
 
 
 def reference_facts(found: Reference) -> dict[str, Any]:
@@ -128,7 +145,7 @@ def verification(found: Verification, *, as_json: bool) -> None:
         return
     table(
         ("check", "", "detail"),
-        [(c.name, "[green]ok[/]" if c.ok else "[red]failed[/]", c.detail) for c in found.checks],
+        [(c.name, _mark("ok" if c.ok else "failed"), c.detail) for c in found.checks],
     )
 
 
@@ -137,10 +154,7 @@ def preflight(found: Report, *, as_json: bool) -> None:
     if as_json:
         dump({"verdict": found.verdict, **asdict(found)})
         return
-    rows = [
-        (f.name, _MARKS.get(f.level, f.level), f.message + (f" {f.remedy}" if f.level != "ok" else ""))
-        for f in found.findings
-    ]
+    rows = [(f.name, _mark(f.level), f.message + (f" {f.remedy}" if f.level != "ok" else "")) for f in found.findings]
     table(("check", "", "finding"), rows, title=f"{found.source} -> {found.reference}")
     typer.echo(f"Verdict: {found.verdict} ({found.cells:,} cells, {found.sampled:,} sampled).")
 
@@ -157,7 +171,7 @@ def mapping(found: MapResult, *, as_json: bool) -> None:
             f"Quarantined after {item.attempts} attempts: {where} ({shard.cells:,} cells): {item.reason}", err=True
         )
     spent = sum(found.seconds.values())
-    size = f"{found.cells:,} cells in {found.units:,} units"
+    size = f"{found.cells:,} cells in {found.units:,} unit{'s' * (found.units != 1)}"
     if found.state == "planned":
         typer.echo(f"Run {found.run} would map {size}; nothing was mapped (--dry-run).")
     elif found.state == "nothing to do":
@@ -165,10 +179,10 @@ def mapping(found: MapResult, *, as_json: bool) -> None:
     elif found.state == "failed":
         typer.echo(f"Run {found.run}: all of its {size} are in quarantine; nothing was committed.")
     else:
-        done = f"{found.mapped_units:,} mapped now" + (
-            f", {len(found.quarantined):,} in quarantine" if found.quarantined else ""
-        )
-        typer.echo(f"Run {found.run}: version {found.version} holds its {size} ({done}; {spent:.1f} s).")
+        left = f", {len(found.quarantined):,} in quarantine" if found.quarantined else ""
+        held = f"{found.cells_done:,} of its {size}" if found.quarantined else f"its {size}"
+        done = f"{found.mapped_units:,} mapped now{left}; {spent:.1f} s"
+        typer.echo(f"Run {found.run}: version {found.version} holds {held} ({done}).")
 
 
 def status(found: Status, *, as_json: bool) -> None:
@@ -196,12 +210,16 @@ def hits(found: pa.Table, out: str | None, *, as_json: bool) -> None:
     elif out:
         typer.echo(f"Wrote {found.num_rows:,} hits to {out}.")
     else:
-        shown = found.slice(0, _SHOWN_HITS)
+        kept = [name for name in found.column_names if name not in (*_HIT_COLUMNS, *_HIT_DETAILS)]
+        shown = found.slice(0, _SHOWN_HITS).select([*_HIT_COLUMNS, *kept])
         table(shown.column_names, [list(row.values()) for row in shown.to_pylist()])
         if found.num_rows > _SHOWN_HITS:
             typer.echo(f"{found.num_rows - _SHOWN_HITS:,} more; --out hits.parquet writes them all.")
 
 
-def demo(found: DemoSummary) -> None:
+def demo(found: DemoSummary, *, as_json: bool) -> None:
     """Print the demo's summary."""
+    if as_json:
+        dump(asdict(found))
+        return
     _facts(found.facts(), title="scviaduct demo")

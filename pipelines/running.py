@@ -8,10 +8,13 @@ import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import faiss
+import torch
+
 from actors.mapping import MappingWorker
 from actors.pool import MappingPool, Placement
 from cluster.connect import connect
-from cluster.dispatch import Dispatcher, Limits, Outcome, Quarantined
+from cluster.dispatch import ATTEMPTS, Dispatcher, Limits, Outcome, Quarantined
 from scviaduct import __version__
 from scviaduct.errors import DataError, InputError
 from scviaduct.mapping.mapper import model_columns
@@ -63,6 +66,10 @@ class Run:
         self._done = self._space.completions(unit.id for unit in self._plan.units)
         return [unit for unit in self._plan.units if unit.id not in self._done]
 
+    def cells_done(self) -> int:
+        """Cells of the units that are done."""
+        return sum(completion.cells.rows for completion in self._done.values())
+
     def is_visible(self) -> bool:
         """Whether the newest version holds everything that is done."""
         return self._space.is_visible(self._done.values())
@@ -73,18 +80,38 @@ class Run:
         outcome = Outcome()
         if not units:
             return outcome
-        worker = MappingWorker(str(self._reference.path), self._plan.settings, self._stager)
-        for unit in units:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+        try:
+            worker = MappingWorker(str(self._reference.path), self._plan.settings, self._stager, device)
+            self._start_progress(units)
+            for unit in units:
+                self._attempt(unit, worker, outcome)
+        finally:  # the caller's process goes on
+            torch.set_num_threads(threads[0])
+            faiss.omp_set_num_threads(threads[1])
+        return outcome
+
+    def _attempt(self, unit: Unit, worker: MappingWorker, outcome: Outcome) -> None:
+        """Read and map a unit as often as the dispatcher would, then quarantine it."""
+        for attempt in range(1, ATTEMPTS + 1):
             try:
-                block = read_block(unit.shard, self._reference, self._columns)
-                completion = worker.run(unit, block)
-            except DataError as error:
-                outcome.quarantined.append(Quarantined(unit, 1, f"{type(error).__name__}: {error}"))
-                self._note_quarantine(outcome.quarantined[-1])
+                completion = worker.run(unit, read_block(unit.shard, self._reference, self._columns))
+            except Exception as error:  # noqa: BLE001 - Ray hands every error of a worker to the dispatcher, too
+                if isinstance(error, DataError) or attempt == ATTEMPTS:
+                    item = Quarantined(unit, attempt, f"{type(error).__name__}: {error}")
+                    outcome.quarantined.append(item)
+                    self._note_quarantine(item)
+                    return
             else:
                 outcome.completions.append(completion)
                 self._note_done(unit, completion)
-        return outcome
+                return
+
+    def _start_progress(self, units: Sequence[Unit]) -> None:
+        """Begin to count once something can map, so that rate and time left are those of mapping."""
+        left = sum(unit.shard.cells for unit in units)
+        self._progress.start("mapping", self._plan.cells, self._plan.cells - left)
 
     def on_ray(
         self,
@@ -111,7 +138,8 @@ class Run:
             pool = MappingPool(str(self._reference.path), self._plan.settings, self._stager, self._columns, placement)
             device = f"{placement.actor_gpus:g} GPU" if placement.actor_gpus else "CPU"
             self._progress.say(f"{limits.actors} mapping actors ({device} each), {limits.readers} readers")
-            return Dispatcher(pool, limits, self._note_done, self._note_quarantine).run(units)
+            dispatcher = Dispatcher(pool, limits, self._note_done, self._note_quarantine)
+            return dispatcher.run(units, on_ready=lambda: self._start_progress(units))
 
     def _note_done(self, unit: Unit, completion: Completion) -> None:
         self._done[unit.id] = completion
@@ -130,7 +158,7 @@ class Run:
             started=self._began,
             ended=time.time_ns() // 1_000_000,
             units_done=len(self._done),
-            cells_done=sum(completion.cells.rows for completion in self._done.values()),
+            cells_done=self.cells_done(),
             quarantined=[_told(item) for item in outcome.quarantined],
             # On a cluster the code travels with the job and is not installed, so it has no metadata to ask.
             software={"scviaduct": __version__} | {name: version(name) for name in _SOFTWARE},

@@ -40,6 +40,8 @@ def search(
     out: str | Path | None = None,
     exact: bool = False,
     reference: str | None = None,
+    package: str | None = None,
+    batch_key: str = "",
     accept: Sequence[str] = (),
     as_of: int | None = None,
     quiet: bool = False,
@@ -68,6 +70,10 @@ def search(
         Compare with every cell, without the index.
     reference
         Space of the store, by its reference; needed if the store has several.
+    package
+        Path of the space's reference package, to map ``cells`` where it is not registered under its name.
+    batch_key
+        obs column of ``cells`` that plays the reference's batch, where it has another name there.
     accept
         Preflight findings to override, for ``cells``.
     as_of
@@ -92,14 +98,18 @@ def search(
     if len(named) != 1:
         told = "No query cells are named." if not named else f"Query cells are named by {' and '.join(named)}."
         raise InputError(told, "Give one of --cells QUERY.h5ad, --from CONDITION and --label LABEL.")
+    if out is not None and Path(out).is_dir():
+        raise InputError(f"--out {out} is a folder.", "Name a file: --out hits.parquet.")
     space = Store.open(store).space(reference)
+    # Both steps read the same version, whoever commits between them.
+    version = space.snapshot(as_of).version
     with reporter(quiet=quiet) as progress:
         if cells is not None:
-            queries = _map_queries(space, cells, accept)
+            queries = _map_queries(space, cells, package, Settings(batch_key=batch_key), accept)
         else:
             quoted = (label or "").replace("'", "''")
-            queries = stored_queries(space, stored if stored is not None else f"label = '{quoted}'", as_of)
-        hits = search_space(space, queries, k, where=where, as_of=as_of, exact=exact)
+            queries = stored_queries(space, stored if stored is not None else f"label = '{quoted}'", version)
+        hits = search_space(space, queries, k, where=where, as_of=version, exact=exact)
         progress.say(
             f"{len(queries.ids):,} query cells against {hits.candidates:,} cells of version {hits.version}:"
             f" {hits.method}, recall {hits.recall:.3f}"
@@ -110,15 +120,14 @@ def search(
     return hits.table
 
 
-def _map_queries(space: Space, cells: str, accept: Sequence[str]) -> Queries:
+def _map_queries(space: Space, cells: str, path: str | None, settings: Settings, accept: Sequence[str]) -> Queries:
     """Map query cells in this process, through the same gate as ``map``."""
-    package = Registry().get(space.reference)
+    package = Registry().get(path or space.reference)
     if package.digest != space.digest:
         raise InputError(
             f"Reference '{package.name}' is {package.digest[:12]} here, the space is of {space.digest[:12]}.",
-            "Register the reference that the space was mapped with.",
+            "Register the reference that the space was mapped with, or name its package: --package PATH.",
         )
-    settings = Settings()
     mapper = Mapper(package, settings)
     datasets, ids, latent = [], [], []
     with open_source(cells) as source:

@@ -8,7 +8,7 @@ Exceptions take positional arguments only, so that they cross process boundaries
 - :class:`NotFitError`: a preflight gate closed before any work. Exit status 1.
 - :class:`DataError`: a piece of the source cannot be mapped, however often it is tried: quarantine it.
 - :class:`StoreError`: the store refuses; nothing was made visible.
-- :class:`EngineError`: the machines gave way more often than the run allows; what is done is kept.
+- :class:`EngineError`: the machines gave way more often than the run allows; what is done is kept. Exit status 5.
 """
 
 from __future__ import annotations
@@ -80,3 +80,5 @@ class StoreError(ScviaductError):
 
 class EngineError(ScviaductError):
     """Actors or tasks died more often than the run allows; completed units are kept."""
+
+    exit_status = 5

@@ -15,7 +15,7 @@ import torch
 from scviaduct.errors import UnsupportedModelError
 from scviaduct.families.base import Covariates, Encoded, Facts
 from scviaduct.families.network import fold_encoder, fold_layers, fold_linear
-from scviaduct.families.sparse import CELLS, SparseEncoder
+from scviaduct.families.sparse import CELLS, GPU_CELLS, SparseEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,6 +169,7 @@ class VaeEncoder:
         self._network = network = network.to(device)
         self._device = device
         self._encoder = SparseEncoder(network)
+        self._step = CELLS if device == "cpu" else GPU_CELLS
         self.labels = network.labels
         self.n_latent = len(network.mean.bias)
 
@@ -178,7 +179,7 @@ class VaeEncoder:
 
     @torch.inference_mode()
     def encode(self, indptr: LongArray, indices: IntArray, data: FloatArray, covariates: Covariates) -> Encoded:
-        """Encode counts given as CSR in the reference's genes, 1,024 cells at a time.
+        """Encode counts given as CSR in the reference's genes, some cells at a time.
 
         Parameters
         ----------
@@ -190,8 +191,8 @@ class VaeEncoder:
         n_cells = len(indptr) - 1
         location = np.empty((n_cells, self.n_latent), np.float32)
         variance, mean = np.empty_like(location), np.empty_like(location)
-        for start in range(0, n_cells, CELLS):
-            stop = min(start + CELLS, n_cells)
+        for start in range(0, n_cells, self._step):
+            stop = min(start + self._step, n_cells)
             low, high = int(indptr[start]), int(indptr[stop])
             parts = (indptr[start : stop + 1] - low, indices[low:high], data[low:high])
             pointers, genes, counts = (self._tensor(part) for part in parts)

@@ -77,7 +77,8 @@ def cells(scan: Scan) -> Finding:
         return Finding(
             "cells", "unknown", f"The source selects no cell{told}.", remedy, overridable=False, figures=figures
         )
-    return Finding("cells", "ok", f"{scan.cells:,} cells in {len(scan.shards):,} shards{told}.", figures=figures)
+    shards = f"{len(scan.shards):,} shard{'s' * (len(scan.shards) != 1)}"
+    return Finding("cells", "ok", f"{scan.cells:,} cells in {shards}{told}.", figures=figures)
 
 
 def genes(matches: Mapping[str, GeneMatch], influence: FloatArray) -> Iterator[Finding]:

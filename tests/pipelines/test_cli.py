@@ -196,3 +196,45 @@ def test_progress_goes_to_the_log_and_results_to_the_output(cli, five_prime, pbm
     assert json.loads(done.stdout)["state"] == "committed"
     assert "mapping: 543 of 543 cells (100%)" in done.stderr
     assert "\x1b" not in done.stderr
+
+
+def test_what_is_printed_is_data_and_not_markup(call, mapped, symphony, tmp_path):
+    """A label may hold brackets; rich would take them for a style, or stumble over them."""
+    cells = anndata.read_h5ad(symphony)[:40].copy()
+    cells.obs["state"] = ["T [activated]", "rest [/x]"] * 20
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    arguments = ["map", tmp_path / "cells.h5ad", "--reference", "pbmc", "--store", tmp_path / "s", "--engine", "inline"]
+    assert call(*arguments, "--keep-obs", "state").exit_code == 0
+    shown = call("search", tmp_path / "s", "--from", "probability > 0", "-k", "3")
+    assert shown.exit_code == 0, shown.stderr
+    assert "T [activated]" in shown.stdout
+    assert "rest [/x]" in shown.stdout
+
+
+def test_an_error_of_the_system_is_one_line_and_a_status_of_its_own(call, mapped, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "/data/x.h5ad")
+
+    monkeypatch.setattr("pipelines.exporting.export_space", full)
+    done = call("export", mapped[0], "--to", "h5ad", "--out", tmp_path / "x.h5ad")
+    assert done.exit_code == 5
+    assert done.stderr == "scviaduct: /data/x.h5ad: No space left on device. Mend it and run the same command.\n"
+
+
+def test_hits_are_not_written_over_a_folder(call, mapped, tmp_path):
+    done = call("search", mapped[0], "--label", "B", "--out", tmp_path)
+    assert (done.exit_code, "is a folder" in done.stderr) == (2, True)
+
+
+def test_a_space_mapped_by_the_path_of_its_package_is_searched_by_it(call, pbmc, five_prime, tmp_path):
+    import shutil
+
+    package = shutil.copytree(pbmc.path, tmp_path / "mine")
+    manifest = json.loads((package / "manifest.json").read_text()) | {"name": "mine"}
+    (package / "manifest.json").write_text(json.dumps(manifest))
+    store = tmp_path / "s"
+    assert call("map", five_prime, "--reference", package, "--store", store, "--engine", "inline").exit_code == 0
+    unnamed = call("search", store, "--cells", five_prime, "-k", 2)
+    assert (unnamed.exit_code, "There is no reference 'mine'" in unnamed.stderr) == (2, True)
+    named = call("search", store, "--cells", five_prime, "-k", 2, "--package", package, "--json")
+    assert len(json.loads(named.stdout)) == 543 * 2

@@ -115,7 +115,7 @@ def test_what_cannot_be_mapped_is_quarantined_with_its_reason(engine, spoil, pbm
     path, whole = spoil(np.nan)
     options = {"reference": "pbmc", "store": str(tmp_path / "s"), "shard_cells": 300, "engine": engine, "quiet": True}
     result = sv.map(str(path), **options)
-    assert (result.exit_status, result.state) == (4, "committed")
+    assert (result.exit_status, result.state, result.cells_done) == (4, "committed", whole.n_obs - 300)
     (item,) = result.quarantined
     assert (item.unit.shard.start, item.unit.shard.stop) == (300, 600)
     assert "cell599" in item.reason
@@ -124,6 +124,46 @@ def test_what_cannot_be_mapped_is_quarantined_with_its_reason(engine, spoil, pbm
     (run,) = sv.status(tmp_path / "s").runs
     assert run["quarantined"][0]["reason"] == item.reason
     assert sv.map(str(path), **options).mapped_units == 0  # tried again, and quarantined again
+
+
+def test_inline_quarantines_what_the_dispatcher_would_and_gives_threads_back(symphony, pbmc, monkeypatch, tmp_path):
+    """Any error is tried three times, as on Ray; and the notebook that called goes on with its own threads."""
+    import torch
+
+    tried = []
+
+    def flaky(shard, *_):
+        tried.append(shard.start)
+        raise ConnectionError("gone away")
+
+    monkeypatch.setattr("pipelines.running.read_block", flaky)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = sv.map(str(symphony), reference="pbmc", store=str(tmp_path / "s"), engine="inline", quiet=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert tried == [0, 0, 0]
+    assert (found.state, found.quarantined[0].reason) == ("failed", "ConnectionError: gone away")
+
+
+def test_hits_come_from_one_version_whoever_commits_meanwhile(symphony, pbmc, monkeypatch, tmp_path):
+    from pipelines import searching
+
+    store = str(tmp_path / "s")
+    options = {"reference": "pbmc", "store": store, "engine": "inline", "quiet": True}
+    sv.map(f"{symphony}?filter=batch == '5p'", **options)
+    ask = searching.stored_queries
+
+    def and_commit(*arguments):
+        found = ask(*arguments)
+        sv.map(f"{symphony}?filter=batch == '3pv1'", **options)
+        return found
+
+    monkeypatch.setattr(searching, "stored_queries", and_commit)
+    hits = sv.search(store, label="B", k=3, quiet=True)
+    assert all(hit["query"] != hit["observation_id"] for hit in hits.to_pylist())
 
 
 def test_a_run_without_a_single_mapped_unit_commits_nothing(spoil, pbmc, tmp_path):

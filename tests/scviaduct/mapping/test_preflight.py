@@ -62,7 +62,7 @@ def test_a_query_that_fits(check, make_cells, scanvi):
     assert [found.name for found in report.findings] == ["cells", "genes", "gene-ids", "counts", "batch", "labels"]
     assert {found.level for found in report.findings} == {"ok"}
     assert (report.cells, report.shards, report.sampled, report.accepted) == (60, 1, 60, ())
-    assert finding(report, "cells").message == "60 cells in 1 shards."
+    assert finding(report, "cells").message == "60 cells in 1 shard."
     assert finding(report, "counts").message == "Non-negative integers in 60 sampled cells."
     report.require_fit()
 
@@ -465,7 +465,7 @@ def test_nothing_selected_cannot_be_told(check, make_cells, scanvi):
 def test_duplicates_are_counted(check, make_cells, scanvi):
     adata = make_cells(is_primary_data=[i < 20 for i in range(60)])
     assert finding(check(adata, scanvi), "cells").message == (
-        "20 cells in 1 shards; 40 duplicates (is_primary_data is false) left out."
+        "20 cells in 1 shard; 40 duplicates (is_primary_data is false) left out."
     )
     adata.obs["is_primary_data"] = False
     report = check(adata, scanvi)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from scviaduct import faults
 from scviaduct.errors import DataError, SourceChangedError
 from scviaduct.mapping import reading
 from scviaduct.mapping.reading import gene_match, read_block
@@ -130,11 +129,3 @@ def test_rows_that_are_not_those_planned(write, scan, make_cells, reference):
     (shard,) = scan(write(make_cells())).shards
     with pytest.raises(SourceChangedError, match="select 59 cells, not the 60 that were planned"):
         read_block(replace(shard, stop=59), reference, ())
-
-
-def test_reading_is_a_place_where_faults_can_be_set(write, scan, make_cells, reference, monkeypatch):
-    seen = []
-    monkeypatch.setattr(faults, "point", seen.append)
-    (shard,) = scan(write(make_cells())).shards
-    read_block(shard, reference, ())
-    assert seen == ["read"]

@@ -16,7 +16,7 @@ import torch
 from scviaduct.errors import PackageError, UnsafeModelError, UnsupportedModelError
 from scviaduct.families.vae import quiet
 from scviaduct.references.building import build_package
-from scviaduct.references.package import file_digest
+from scviaduct.references.manifest import file_digest
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +339,27 @@ def test_a_registry_that_is_none_is_refused(scvi_folder, tmp_path, spoil):
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_data_that_cannot_be_read(scvi_folder, tmp_path, damage):
+    folder = tmp_path / "saved"
+    shutil.copytree(scvi_folder, folder)
+    data = folder / "adata.h5ad"
+    whole = data.read_bytes()
+    data.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"cells", "empty": b""}[damage])
+    with pytest.raises(PackageError, match=r"adata.h5ad' cannot be read \(\w+: .*or remove it"):
+        build_package(folder, tmp_path / "out", "small")
+
+
+def test_data_with_a_batch_that_the_model_does_not_know(train_and_save, cells, tmp_path):
+    train, save = train_and_save
+    folder = save(train(cells.copy(), encode_covariates=True), tmp_path / "saved")
+    data = anndata.read_h5ad(folder / "adata.h5ad")
+    data.obs["batch"] = data.obs["batch"].astype(str)
+    data.obs.iloc[3, data.obs.columns.get_loc("batch")] = "b9"
+    with pytest.raises(PackageError, match=r"The data's 'batch' holds 'b9', which the model does not know"):
+        build_package(folder, tmp_path / "out", "small", data)
+
+
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(PackageError, match=r"holds no model.pt\. Name a folder that model.save"):
         build_package(tmp_path, tmp_path / "p", "p")
@@ -349,8 +370,8 @@ def test_a_folder_without_a_model(tmp_path):
 
 def test_a_hostile_model_is_refused_before_a_package_is_made(tmp_path):
     (tmp_path / "saved").mkdir()
-    torch.save({"model_state_dict": print, "var_names": [], "attr_dict": {}}, tmp_path / "saved" / "model.pt")
-    with pytest.raises(UnsafeModelError, match=r"it names __builtin__\.print"):
+    torch.save({"model_state_dict": eval, "var_names": [], "attr_dict": {}}, tmp_path / "saved" / "model.pt")
+    with pytest.raises(UnsafeModelError, match=r"it names __builtin__\.eval"):
         build_package(tmp_path / "saved", tmp_path / "p", "p")
     assert not (tmp_path / "p").exists()
 
