@@ -33,7 +33,7 @@ format: setup
 	$(BIN)/ruff format .
 
 docs: setup
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Peak memory of a run over 50k and over 400k cells, the whole process tree counted.
 bench-memory: setup

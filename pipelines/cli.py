@@ -70,11 +70,12 @@ Where cells come from (quote it; values are percent-encoded):\n
 Source = Annotated[str, Argument(metavar="SOURCE", help=_SOURCE)]
 StorePath = Annotated[str, Argument(metavar="STORE", help="Folder of the store.")]
 Ref = Annotated[str, Option("--reference", help="Registered name of the reference, or path of a package.")]
+RefArgument = Annotated[str, Argument(metavar="NAME", help="Registered name, or path of a package.")]
 SpaceOf = Annotated[
     str | None, Option("--reference", help="Space of the store, by its reference; needed if the store has several.")
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[bool, Option("--quiet", help="No progress.")]
+Quiet = Annotated[bool, Option("--quiet", help="No progress and no notices.")]
 Where = Annotated[
     str | None, Option(help="Keep cells for which this holds, e.g. \"tissue = 'lung' and probability >= 0.9\".")
 ]
@@ -169,7 +170,7 @@ def reference_list(as_json: Json = False) -> None:
 
 
 @reference_app.command("show")
-def reference_show(name: Annotated[str, Argument(metavar="NAME")], as_json: Json = False) -> None:
+def reference_show(name: RefArgument, as_json: Json = False) -> None:
     """Show what a reference is: family, genes, batches, labels, provenance."""
     from pipelines import reference
 
@@ -177,7 +178,7 @@ def reference_show(name: Annotated[str, Argument(metavar="NAME")], as_json: Json
 
 
 @reference_app.command("verify")
-def reference_verify(name: Annotated[str, Argument(metavar="NAME")], as_json: Json = False) -> None:
+def reference_verify(name: RefArgument, as_json: Json = False) -> None:
     """Check every digest, load the model, and compare what it encodes with what it encoded when it was packaged."""
     from pipelines import reference
 
@@ -187,7 +188,7 @@ def reference_verify(name: Annotated[str, Argument(metavar="NAME")], as_json: Js
 
 
 @reference_app.command("remove")
-def reference_remove(name: Annotated[str, Argument(metavar="NAME")]) -> None:
+def reference_remove(name: Annotated[str, Argument(metavar="NAME", help="Registered name.")]) -> None:
     """Unregister a reference and delete its package. Stores keep what it mapped."""
     from pipelines import reference
 
@@ -229,7 +230,7 @@ def map_(
     actors: Annotated[int | None, Option(help="Mapping actors. [default: one a GPU share, or half the CPUs]")] = None,
     readers: Annotated[int | None, Option(help="Reader tasks at a time. [default: the CPUs left]")] = None,
     gpus_per_actor: Annotated[float | None, Option(help="GPU share of an actor. [default: 1 where there are]")] = None,
-    job: Annotated[str | None, Option(help="TOML file with any of these; flags win.")] = None,
+    job: Annotated[str | None, Option(help="TOML file with any of these but switches; flags win.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check and plan, then stop.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -237,7 +238,8 @@ def map_(
     """Map query cells to a reference, into a store.
 
     All cells of a run become visible in one commit. The same command resumes a run that was killed, and does nothing
-    once the run is complete. Exit status 4: committed, but units are in quarantine (see `status`).
+    once the run is complete. Exit status: 1 where the query does not fit; 4 where units are in quarantine (see
+    `status`), and the others, if there are any, are committed.
     """
     from pipelines.jobs import MapJob
 
@@ -286,7 +288,9 @@ def search(
     ] = None,
     label: Annotated[str | None, Option(help="Query with the store's cells of this label.")] = None,
     k: Annotated[int, Option("-k", help="Neighbours of each query cell.")] = 30,
-    where: Where = None,
+    where: Annotated[
+        str | None, Option(help="Neighbours are cells for which this holds, e.g. \"tissue = 'lung'\".")
+    ] = None,
     out: Annotated[str | None, Option(help="Write the hits to this parquet file.")] = None,
     exact: Annotated[bool, Option("--exact", help="Compare with every cell, without the index.")] = False,
     reference: SpaceOf = None,

@@ -57,8 +57,8 @@ class DemoSummary:
         Share of cells that are flagged, and the accuracy among them.
     purity
         Share of neighbours that are of the query cell's type.
-    queries, method, recall
-        Of the search.
+    queries
+        Cells searched with.
     seconds
         Of each stage: simulate, train, map (of which in actors: ``mapping``), search.
     """

@@ -54,5 +54,6 @@ def export(
     """
     space = Store.open(store).space(reference)
     with reporter(quiet=quiet) as progress:
-        progress.start("exporting", space.snapshot(as_of).cells)
-        return export_space(space, to, Path(out), where, as_of, overwrite=overwrite, advance=progress.advance)
+        version = space.snapshot(as_of).version
+        progress.start("exporting", space.count(where, version))
+        return export_space(space, to, Path(out), where, version, overwrite=overwrite, advance=progress.advance)

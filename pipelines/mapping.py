@@ -138,7 +138,7 @@ def map(  # noqa: A001 - the name of the command
     InputError
         If an argument, the source or the reference is wrong.
     NotFitError
-        If preflight closes the gate.
+        If preflight closes the gate, or cannot tell.
     EngineError
         If actors cannot be started. Completed units are kept.
     """

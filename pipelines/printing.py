@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _SHOWN_HITS = 20
 _SPACE_COLUMNS = ("space", "version", "cells", "versions", "index")
-_RUN_COLUMNS = ("run", "state", "reference", "version", "units_done", "units", "cells_done", "cells", "started")
+_RUN_COLUMNS = ("run", "state", "version", "units done", "cells done", "started", "reference")
+_WHOLE = ("run", "state", "version", "units done", "cells done", "check", "name")  # columns that are never folded
 _HIT_COLUMNS = ("query", "rank", "distance", "dataset_id", "observation_id", "label", "probability")
 _HIT_DETAILS = ("query_dataset", "source", "soma_joinid", "margin", "entropy", "ambiguous", "reference")
 _STYLES = {"ok": "green", "warn": "yellow", "stop": "red", "unknown": "yellow", "failed": "red"}
@@ -43,7 +44,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
     made = Table(title=None if title is None else Text(title), title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
-        made.add_column(Text(name), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+        whole = numeric or name in _WHOLE
+        made.add_column(Text(name), justify="right" if numeric else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         # Text, not markup: what is printed is data, and a label may hold brackets.
         made.add_row(*(value if isinstance(value, Text) else Text(_cell(value)) for value in row))
@@ -167,9 +169,8 @@ def mapping(found: MapResult, *, as_json: bool) -> None:
     for item in found.quarantined:
         shard = item.unit.shard
         where = f"{shard.dataset_id} rows {shard.start:,}-{shard.stop:,}"
-        typer.echo(
-            f"Quarantined after {item.attempts} attempts: {where} ({shard.cells:,} cells): {item.reason}", err=True
-        )
+        tries = f"{item.attempts} attempt{'s' * (item.attempts != 1)}"
+        typer.echo(f"Quarantined after {tries}: {where} ({shard.cells:,} cells): {item.reason}", err=True)
     spent = sum(found.seconds.values())
     size = f"{found.cells:,} cells in {found.units:,} unit{'s' * (found.units != 1)}"
     if found.state == "planned":
@@ -192,7 +193,7 @@ def status(found: Status, *, as_json: bool) -> None:
         return
     if found.spaces:
         table(_SPACE_COLUMNS, [[space[name] for name in _SPACE_COLUMNS] for space in found.spaces], title=found.store)
-    table(_RUN_COLUMNS, [[run[name] for name in _RUN_COLUMNS] for run in found.runs])
+    table(_RUN_COLUMNS, [_run_row(run) for run in found.runs])
     for run in found.runs:
         if run["state"] == "open":
             typer.echo(f"Run {run['run']} is not complete: run the same command again to go on ({run['source']}).")
@@ -201,6 +202,18 @@ def status(found: Status, *, as_json: bool) -> None:
             typer.echo(f"Quarantined in {run['run']}: {where}: {item['reason']}")
     if found.details:
         _facts(found.details, title=f"run {found.runs[0]['run']}")
+
+
+def _run_row(run: Mapping[str, Any]) -> list[object]:
+    done = [f"{run[f'{what}_done']:,} of {run[what]:,}" for what in ("units", "cells")]
+    return [
+        run["run"],
+        run["state"],
+        run["version"],
+        *done,
+        str(run["started"])[:16].replace("T", " "),
+        run["reference"],
+    ]
 
 
 def hits(found: pa.Table, out: str | None, *, as_json: bool) -> None:

@@ -137,7 +137,8 @@ class Run:
             limits, placement = place(resources, actors, readers, gpus_per_actor)
             pool = MappingPool(str(self._reference.path), self._plan.settings, self._stager, self._columns, placement)
             device = f"{placement.actor_gpus:g} GPU" if placement.actor_gpus else "CPU"
-            self._progress.say(f"{limits.actors} mapping actors ({device} each), {limits.readers} readers")
+            told = f"{_counted(limits.actors, 'mapping actor')} ({device} each), {_counted(limits.readers, 'reader')}"
+            self._progress.say(told)
             dispatcher = Dispatcher(pool, limits, self._note_done, self._note_quarantine)
             return dispatcher.run(units, on_ready=lambda: self._start_progress(units))
 
@@ -147,7 +148,7 @@ class Run:
 
     def _note_quarantine(self, item: Quarantined) -> None:
         shard = item.unit.shard
-        self._progress.say(f"quarantined: {shard.dataset_id} rows {shard.start:,}-{shard.stop:,}: {item.reason}")
+        self._progress.say(f"quarantined: {shard.dataset_id} rows {shard.start:,}-{shard.stop:,}")
 
     def commit(self, outcome: Outcome, seconds: Mapping[str, float]) -> int | None:
         """Make everything that is done visible; the version, or None if nothing is done."""
@@ -170,6 +171,10 @@ class Run:
         told = {"run": self._plan.run, "attempt": record.attempt}
         kept = self._plan.settings.keep_obs
         return self._space.commit(list(self._done.values()), kept, told, lambda: self._store.record(record))
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _told(item: Quarantined) -> dict[str, str | int]:
