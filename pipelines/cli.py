@@ -167,6 +167,8 @@ def reference_list(as_json: Json = False) -> None:
     from pipelines import reference
 
     printing.references(reference.list(), as_json=as_json)
+    for name, reason in reference.broken().items():
+        typer.echo(f"Reference '{name}' cannot be used: {reason}", err=True)
 
 
 @reference_app.command("show")

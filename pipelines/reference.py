@@ -40,6 +40,11 @@ def list() -> builtins.list[Reference]:  # noqa: A001 - the name of the command
     return Registry().list()
 
 
+def broken() -> dict[str, str]:
+    """Registered packages that cannot be read: name to what is wrong and what to do about it."""
+    return Registry().broken()
+
+
 def show(name: str) -> Reference:
     """A registered reference, or the package at a path."""
     return Registry().get(name)

@@ -13,24 +13,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy import sparse
 
 from scviaduct.errors import PackageError, UnsupportedModelError
-from scviaduct.families import Covariates, family
+from scviaduct.families import family
 from scviaduct.references.archive import read_model_file
-from scviaduct.references.package import (
-    ENCODER,
-    FORMAT,
-    LATENTS,
-    MANIFEST,
-    MODEL,
-    TEMPLATE,
-    Reference,
-    file_digest,
-    manifest_digest,
-    read_manifest,
-)
-from scviaduct.references.template import encode_template, make_template
+from scviaduct.references.manifest import FORMAT, MANIFEST, file_digest, manifest_digest, read_manifest
+from scviaduct.references.package import ENCODER, LATENTS, MODEL, TEMPLATE, Reference
+from scviaduct.references.template import encode_rows, encode_template, make_template
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -152,7 +141,16 @@ def _check_hub_metadata(folder: Path, name: str) -> None:
 
 def _read_data(folder: Path) -> AnnData | None:
     path = folder / "adata.h5ad"
-    return anndata.read_h5ad(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return anndata.read_h5ad(path)
+    # h5py and anndata have no end of exceptions for broken files: OSError, KeyError, AnnDataReadError, ...
+    except (OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise PackageError(
+            f"'{path}' cannot be read ({type(error).__name__}: {error}).",
+            "Take it from its publisher again, or remove it: the package then has no latents of its own.",
+        ) from error
 
 
 def _identifiers(data: AnnData, facts: Facts) -> dict[str, tuple[str, ...]]:
@@ -194,33 +192,8 @@ def _encode(data: AnnData, facts: Facts, encoder: Encoder) -> Any:
     latent = np.empty((data.n_obs, facts.n_latent), np.float32)
     for start in range(0, data.n_obs, _BLOCK):
         stop = min(start + _BLOCK, data.n_obs)
-        block = sparse.csr_matrix(counts[start:stop])
-        parts = block.indptr.astype(np.int64), block.indices.astype(np.int32), block.data.astype(np.float32)
-        latent[start:stop] = encoder.encode(*parts, _covariates(data.obs.iloc[start:stop], facts)).mean
+        latent[start:stop] = encode_rows(encoder, counts[start:stop], data.obs.iloc[start:stop], facts)
     return latent
-
-
-def _covariates(obs: pd.DataFrame, facts: Facts) -> Covariates:
-    if not facts.encode_covariates:
-        return Covariates()
-    batch = _codes(obs, facts.batch_key, facts.batch_categories) if facts.batch_key else None
-    categorical = [_codes(obs, key, known) for key, known in facts.categorical_covariates.items()]
-    continuous = [obs[key].to_numpy(np.float32) for key in facts.continuous_covariates]
-    return Covariates(
-        batch,
-        np.stack(categorical, axis=1) if categorical else None,
-        np.stack(continuous, axis=1) if continuous else None,
-    )
-
-
-def _codes(obs: pd.DataFrame, column: str, categories: tuple[str, ...]) -> Any:
-    codes = pd.Index(categories).get_indexer(pd.Index(obs[column].astype(str)))
-    if (codes < 0).any():
-        bad = obs[column].astype(str).iloc[int(np.flatnonzero(codes < 0)[0])]
-        raise PackageError(
-            f"The data's '{column}' holds '{bad}', which the model does not know.", "Is it the model's data?"
-        )
-    return codes.astype(np.int64)
 
 
 def _labels(data: AnnData, facts: Facts) -> list[str | None]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,7 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from scviaduct.errors import PackageError
-from scviaduct.values import GeneTable, digest
+from scviaduct.references.manifest import file_digest, read_manifest
+from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
     from scviaduct.families import Encoder
     from scviaduct.values import FloatArray
 
-FORMAT = 1
-MANIFEST, MODEL, ENCODER = "manifest.json", "model.pt", "encoder.safetensors"
+MODEL, ENCODER = "model.pt", "encoder.safetensors"
 TEMPLATE, LATENTS = "template.h5ad", "latents.parquet"
 TOLERANCE = 1e-4
 """Largest difference between what a template encodes to now and what it encoded to when the package was made, in
@@ -185,6 +183,15 @@ categorical_covariates, continuous_covariates, size_factor_key, layer
                 "The file was changed or damaged: add the reference again from where it came.",
             )
 
+    def damaged(self) -> tuple[str, ...]:
+        """Files that are missing or not those that were packaged."""
+        files = read_manifest(self.path)["files"]
+        return tuple(file for file, told in files.items() if self._digest_of(file) != told["digest"])
+
+    def _digest_of(self, file: str) -> str:
+        path = self.path / file
+        return file_digest(path) if path.is_file() else "missing"
+
     def verify(self) -> Verification:
         """Check every digest, load the model, and compare what it encodes with what was recorded.
 
@@ -196,8 +203,7 @@ categorical_covariates, continuous_covariates, size_factor_key, layer
         manifest = read_manifest(self.path)
         checks = []
         for file, told in manifest["files"].items():
-            path = self.path / file
-            found = file_digest(path) if path.is_file() else "missing"
+            found = self._digest_of(file)
             detail = (
                 f"{told['size']:,} bytes" if found == told["digest"] else f"{found[:12]}, not {told['digest'][:12]}"
             )
@@ -208,52 +214,3 @@ categorical_covariates, continuous_covariates, size_factor_key, layer
                 detail = f"largest difference {difference:.1e} sd over {len(recorded)} template cells"
                 checks.append(Check(what, difference <= TOLERANCE, detail))
         return Verification(tuple(checks))
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a manifest and check that it is whole.
-
-    Raises
-    ------
-    PackageError
-        If it is missing, of another format, or its own digest does not hold.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise PackageError(f"'{folder}' is not a reference package: it has no {MANIFEST}.", "scviaduct reference add.")
-    try:
-        manifest: dict[str, Any] = dict(json.loads(path.read_text()))
-        version = manifest["format"]
-        if version != FORMAT:
-            raise PackageError(f"{path} has format {version}, this version reads {FORMAT}.", "Add the reference again.")
-        told, expected = manifest["digest"], manifest_digest(manifest)
-        _ = manifest["name"], manifest["notes"], manifest["provenance"]
-        outside = next((file for file in manifest["files"] if file in ("", "..") or Path(file).name != file), None)
-    except (ValueError, KeyError, TypeError) as error:
-        raise PackageError(
-            f"{path} cannot be read ({error}).", "Add the reference again from where it came."
-        ) from error
-    if outside is not None:
-        raise PackageError(f"{path} names '{outside}', which is not in its folder.", "Do not use this package.")
-    if told != expected:
-        raise PackageError(
-            f"{path} has digest {expected[:12]}, and says {told[:12]}.",
-            "It was changed or damaged: add the reference again from where it came.",
-        )
-    return manifest
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """Digest of what decides how a package maps: its files, family and facts."""
-    return digest(
-        manifest["format"], manifest["family"], manifest["files"], manifest["facts"], manifest["template_latent"]
-    )
-
-
-def file_digest(path: Path) -> str:
-    """BLAKE2b of a file's content."""
-    found = blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()

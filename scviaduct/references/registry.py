@@ -12,9 +12,10 @@ from pathlib import Path
 from platformdirs import user_data_path
 
 from scviaduct.errors import PackageError
-from scviaduct.references.package import MANIFEST, Reference
+from scviaduct.references.manifest import MANIFEST
+from scviaduct.references.package import Reference
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 
 
 def home() -> Path:
@@ -36,14 +37,14 @@ class Registry:
         self._folder = (folder or home()) / "references"
 
     def add(self, source: str | Path, name: str, *, replace: bool = False) -> Reference:
-        """Build or copy a package and register it.
+        """Build or copy a package and register it; one of the same digest stays as it is, and is mended if damaged.
 
         Parameters
         ----------
         source
             Package, trained scvi-tools folder, or hub layout.
         name
-            Lower-case letters, digits, ``.``, ``_`` and ``-``.
+            Lower-case letters, digits, ``.``, ``_`` and ``-``; at most 100.
         replace
             Take the name from another reference.
 
@@ -56,17 +57,18 @@ class Registry:
 
         if not _NAME.fullmatch(name):
             raise PackageError(
-                f"'{name}' is not a name for a reference.", "Lower-case letters, digits, . _ -, e.g. hlca-v2."
+                f"'{name}' is not a name for a reference.",
+                "Lower-case letters, digits, . _ -, at most 100, e.g. hlca-v2.",
             )
         target = self._folder / name
         temporary = self._folder / f".{name}.{secrets.token_hex(4)}"
         try:
             made = build_package(Path(source), temporary, name)
             if target.exists():
-                there = None if replace else Reference.load(target)  # replacing mends what cannot be read
-                if there is not None:
-                    if there.digest == made.digest:
-                        return there
+                there = None if replace else self._taken(name)  # replacing mends what cannot be read
+                if there is not None and there.digest == made.digest and not there.damaged():
+                    return there
+                if there is not None and there.digest != made.digest:
                     raise PackageError(
                         f"Name '{name}' is taken by {there.family} {there.digest[:12]}; this is {made.digest[:12]}.",
                         "Choose another name, or --replace.",
@@ -80,6 +82,13 @@ class Registry:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return Reference.load(target)
+
+    def _taken(self, name: str) -> Reference:
+        """The reference that has a name, to compare a new one with."""
+        try:
+            return Reference.load(self._folder / name)
+        except PackageError as error:
+            raise PackageError(error.problem, f"It has the name '{name}': --replace puts the new one there.") from error
 
     def get(self, name: str) -> Reference:
         """A registered reference, or a package by its path.
@@ -101,8 +110,21 @@ class Registry:
         )
 
     def list(self) -> list[Reference]:
-        """All registered references, by name."""
-        return [Reference.load(path.parent) for path in sorted(self._folder.glob(f"[!.]*/{MANIFEST}"))]
+        """All registered references that can be read, by name; :meth:`broken` names the others."""
+        return list(self._load()[0])
+
+    def broken(self) -> dict[str, str]:
+        """Registered packages that cannot be read: name to reason, which ends in the remedy."""
+        return self._load()[1]
+
+    def _load(self) -> tuple[tuple[Reference, ...], dict[str, str]]:
+        found, broken = [], {}
+        for path in sorted(path for path in self._folder.glob("[!.]*") if path.is_dir()):
+            try:
+                found.append(Reference.load(path))
+            except PackageError as error:
+                broken[path.name] = str(error)
+        return tuple(found), broken
 
     def remove(self, name: str) -> None:
         """Unregister a reference and delete its package.

@@ -14,6 +14,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from scviaduct.errors import PackageError
 from scviaduct.families import Covariates, family
 from scviaduct.references.archive import read_model_file
 from scviaduct.references.package import MODEL, TEMPLATE
@@ -63,16 +64,30 @@ def _in_turn(categories: Any) -> pd.Categorical:
 
 def encode_template(encoder: Encoder, template: AnnData, facts: Facts | Reference) -> FloatArray:
     """Latents of the template's cells, with the covariates that they carry; what ``verify`` compares."""
-    counts = sparse.csr_matrix(template.layers[facts.layer] if facts.layer else template.X)
+    counts = template.layers[facts.layer] if facts.layer else template.X
+    return encode_rows(encoder, counts, template.obs, facts)
+
+
+def encode_rows(encoder: Encoder, counts: Any, obs: pd.DataFrame, facts: Facts | Reference) -> FloatArray:
+    """Latents of cells whose genes are the model's, with the covariates of their obs.
+
+    Raises
+    ------
+    PackageError
+        If a covariate has a value that the model does not know.
+    """
+    rows = sparse.csr_matrix(counts)
     covariates = Covariates()
     if facts.encode_covariates:
-        batch = _codes(template, facts.batch_key, facts.batch_categories) if facts.batch_key else None
-        columns = [_codes(template, key, known) for key, known in facts.categorical_covariates.items()]
-        numbers = [template.obs[key].to_numpy(np.float32) for key in facts.continuous_covariates]
+        batch = _codes(obs, facts.batch_key, facts.batch_categories) if facts.batch_key else None
+        categorical = [_codes(obs, key, known) for key, known in facts.categorical_covariates.items()]
+        continuous = [obs[key].to_numpy(np.float32) for key in facts.continuous_covariates]
         covariates = Covariates(
-            batch, np.stack(columns, axis=1) if columns else None, np.stack(numbers, axis=1) if numbers else None
+            batch,
+            np.stack(categorical, axis=1) if categorical else None,
+            np.stack(continuous, axis=1) if continuous else None,
         )
-    parts = counts.indptr.astype(np.int64), counts.indices.astype(np.int32), counts.data.astype(np.float32)
+    parts = rows.indptr.astype(np.int64), rows.indices.astype(np.int32), rows.data.astype(np.float32)
     return encoder.encode(*parts, covariates).mean
 
 
@@ -102,5 +117,12 @@ def verify_encoding(reference: Reference, recorded: FloatArray) -> dict[str, flo
     }
 
 
-def _codes(template: AnnData, column: str, categories: tuple[str, ...]) -> Any:
-    return pd.Index(categories).get_indexer(template.obs[column].astype(str)).astype(np.int64)
+def _codes(obs: pd.DataFrame, column: str, categories: tuple[str, ...]) -> Any:
+    values = obs[column].astype(str)
+    codes = pd.Index(categories).get_indexer(pd.Index(values))
+    if (codes < 0).any():
+        bad = values.iloc[int(np.flatnonzero(codes < 0)[0])]
+        raise PackageError(
+            f"The data's '{column}' holds '{bad}', which the model does not know.", "Is it the model's data?"
+        )
+    return codes.astype(np.int64)

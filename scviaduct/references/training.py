@@ -15,11 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from scviaduct.errors import InputError
 from scviaduct.families import family as family_of
 from scviaduct.families.vae import quiet
 from scviaduct.references.building import build_package
 from scviaduct.references.cells import read_cells, select_genes
+from scviaduct.references.manifest import is_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,6 +105,8 @@ def train(source: str, recipe: Recipe, out: str | Path, on_epoch: OnEpoch = _unh
         If anything is wrong with the recipe or the cells; before any training.
     """
     folder = Path(out)
+    if not is_name(folder.name):
+        raise InputError(f"'{folder}' ends in no name for a package.", "Name a folder without a dot: --out lung-v1.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"'{folder}' is there and not empty.", "Name a new folder: --out DIR.")
     found = family_of(recipe.family)
@@ -142,14 +147,19 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
 """Type of an argument's default to what it asks for, and the types that will do."""
 
 
+_LEAST = {"genes": 0, "epochs": 1, "scanvi_epochs": 1, "samples_per_label": 1, "batch_size": 2, "loader_workers": 0}
+
+
 def _check_options(recipe: Recipe, family: str) -> None:
     """Refuse options that training would fail on, or pass over, after the cells were read."""
-    for name, least in {"genes": 0, "epochs": 1, "scanvi_epochs": 1, "batch_size": 2, "loader_workers": 0}.items():
+    for name, least in _LEAST.items():
         value = getattr(recipe, name)
         if value is not None and value < least:
             raise InputError(f"{_flag(name)} {value} is too few.", f"At least {least}.")
     if recipe.device not in _DEVICES:
         raise InputError(f"'{recipe.device}' is not a device to train on.", f"One of {', '.join(_DEVICES)}.")
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no GPU here.", "--device cpu, or auto for a GPU if there is one.")
     for name in ("samples_per_label", "scanvi_epochs"):
         value = getattr(recipe, name)
         if family != "SCANVI" and value is not None:
@@ -177,6 +187,8 @@ def _arguments(told: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, A
             raise InputError(
                 f"--set {name}={text}: '{text}' is not {_KINDS[wanted][0]}.", f"E.g. --set {name}={default}."
             )
+        if type(default) is int and default > 0 and values[name] < 1:  # a number of layers or of their nodes
+            raise InputError(f"--set {name}={text} is too few.", f"At least 1, e.g. --set {name}={default}.")
     return values
 
 
@@ -205,7 +217,7 @@ def _fit(cells: AnnData, recipe: Recipe, arguments: Mapping[str, Any], on_epoch:
             scvi.model.SCVI.setup_anndata(cells, labels_key=recipe.labels_key, **setup)
             try:
                 model = scvi.model.SCVI(cells, **arguments)
-            except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+            except (ValueError, TypeError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
                 told = ", ".join(f"--set {name}={value}" for name, value in arguments.items())
                 raise InputError(
                     f"scvi-tools refuses {told}: {error}.", "See the arguments of scvi.model.SCVI."

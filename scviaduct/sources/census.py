@@ -10,7 +10,8 @@ import tiledbsoma
 
 from scviaduct.errors import SourceError
 from scviaduct.sources.soma import SomaSource
-from scviaduct.sources.somacounts import buffers
+from scviaduct.sources.somacounts import SOMA_ERRORS, buffers
+from scviaduct.sources.unreadable import NothingThereError
 from scviaduct.sources.uri import local_path, quoted_url
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ class CensusSource(SomaSource):
     def _open_mirror(mirror: str, context: Any) -> Any:
         try:
             return cellxgene_census.open_soma(uri=str(local_path(mirror) or mirror), context=context)
-        except (tiledbsoma.SOMAError, RuntimeError, KeyError) as error:
-            raise SourceError(
+        except (*SOMA_ERRORS, KeyError) as error:
+            kind = NothingThereError if isinstance(error, tiledbsoma.DoesNotExistError) else SourceError
+            raise kind(
                 f"No Census collection opens at {quoted_url(mirror)} ({str(error).partition(chr(10))[0]}).",
                 "Check uri=, the folder that holds census_info and census_data.",
             ) from error

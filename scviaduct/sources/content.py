@@ -9,6 +9,8 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,23 @@ import fsspec
 import platformdirs
 
 from scviaduct.errors import SourceError
+from scviaduct.sources.unreadable import (
+    RETRY,
+    NothingThereError,
+    UnreadableError,
+    is_network,
+    is_transient,
+    reading,
+    told,
+)
 from scviaduct.sources.uri import local_path, quoted_url
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _CHUNK = 8 << 20
+_TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime", "created")
+"""What fsspec's file systems call the time of the last change."""
 _RACY_NS = 2_000_000_000
 """A file changed this shortly before is not remembered: a second change may leave the same size and time."""
 
@@ -57,7 +70,7 @@ class Place:
             If nothing is there, or its protocol is unknown.
         """
         fs, path = filesystem(url)
-        if not fs.exists(path):
+        if not is_there(url, fs, path):
             raise nothing_at(url)
         return cls(url, fs, path, bool(fs.isdir(path)))
 
@@ -66,7 +79,10 @@ class Place:
         return sorted(self.fs.find(self.path)) if self.is_folder else [self.path]
 
     def stamp(self) -> tuple[str, int] | None:
-        """Size and time of last change as text, and that time in ns; None where the file system tells no time."""
+        """Size and time of last change as text, and that time in ns; None where the file system tells nothing.
+
+        Over HTTP the validators stand for the time: ``ETag``, ``Last-Modified``. Without a time the second value is 0.
+        """
         sizes, newest, parts = 0, 0, []
         for path in self.files():
             told = self._time(path)
@@ -83,12 +99,14 @@ class Place:
             status = Path(path).stat()
             return status.st_size, status.st_mtime_ns, str(status.st_mtime_ns)
         info = self.fs.info(path)
-        when = info.get("LastModified") or info.get("last_modified") or info.get("mtime") or info.get("created")
-        if when is None:
+        when = next((info[name] for name in _TIMES if info.get(name)), None)
+        if info.get("size") is None or not (when or info.get("ETag")):
             return None
-        seconds = when.timestamp() if hasattr(when, "timestamp") else float(when)
-        mark = f"{when}:{info.get('ETag', '')}"
-        return int(info["size"]), int(seconds * 1e9), mark
+        if isinstance(when, str):
+            with contextlib.suppress(ValueError):
+                when = parsedate_to_datetime(when)
+        seconds = when.timestamp() if isinstance(when, datetime) else when if isinstance(when, int | float) else 0
+        return int(info["size"]), int(seconds * 1e9), f"{when or ''}:{info.get('ETag', '')}"
 
     def digest(self) -> str:
         """BLAKE2b of the content; for a folder, of the sorted relative paths with the digest of each."""
@@ -107,9 +125,38 @@ class Place:
         return hasher.hexdigest()
 
 
-def nothing_at(url: str) -> SourceError:
-    """The error for a place that is empty, or became so."""
-    return SourceError(f"There is nothing at {quoted_url(url)}.", "Check the path; was it moved or deleted?")
+def is_there(url: str, fs: Any, path: str) -> bool:
+    """Whether anything lies at a place.
+
+    Raises
+    ------
+    SourceError
+        If the server does not say.
+    """
+    try:
+        if fs.exists(path):
+            return True
+        # Over HTTP that is also the answer where no server answers; asking again tells why.
+        return local_path(url) is None and bool(fs.info(path))
+    except Exception as error:
+        if is_transient(error):
+            raise _unreachable(url, error) from error
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return False
+        if isinstance(error, OSError) or is_network(error):
+            raise _unreachable(url, error) from error
+        raise
+
+
+def _unreachable(url: str, error: BaseException) -> SourceError:
+    return SourceError(f"{quoted_url(url)} cannot be reached ({told(error.__cause__ or error)}).", RETRY)
+
+
+def nothing_at(url: str, error: BaseException | None = None) -> SourceError:
+    """The error for a place that is empty, or became so; or that a network hides, if that is the cause."""
+    if error is not None and is_transient(error):
+        return _unreachable(url, error)
+    return NothingThereError(f"There is nothing at {quoted_url(url)}.", "Check the path; was it moved or deleted?")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -151,40 +198,65 @@ class Content:
     stamp: tuple[str, int] | None
 
 
-def contents(places: Sequence[Place]) -> list[Content]:
+_SEEN: dict[str, list[str]] = {}
+"""What this process remembers: URL to stamp (empty where none is told) and version."""
+
+
+def contents(places: Sequence[Place], planned: str | None = None) -> list[Content]:
     """Identify files, from the cache where size and time are as remembered.
 
     Parameters
     ----------
     places
         What to identify. Content that is not remembered is read whole.
+    planned
+        Version that is expected, if one is; this process does not read content of it twice where no stamp is told.
 
     Returns
     -------
     list of Content
         In the order of ``places``.
+
+    Raises
+    ------
+    SourceError
+        If one of them is gone.
+    UnreadableError
+        If one of them cannot be read.
     """
-    known, fresh, found = _remembered(), {}, []
+    known, fresh, found = {**_remembered(), **_SEEN}, {}, []
     try:
         for place in places:
-            stamp, now = place.stamp(), time.time_ns()
-            entry = known.get(place.url)
-            if stamp and entry and entry[0] == stamp[0]:
-                found.append(Content(entry[1], stamp))
-                continue
-            found.append(Content(place.digest(), stamp))
-            if stamp and stamp == place.stamp() and now - stamp[1] > _RACY_NS:
-                fresh[place.url] = [stamp[0], found[-1].version]
+            try:
+                with reading(quoted_url(place.url), (OSError, RuntimeError, ValueError)):
+                    content, is_news = _identified(place, known.get(place.url), planned)
+            except UnreadableError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    raise nothing_at(place.url, error.__cause__) from error.__cause__
+                raise
+            found.append(content)
+            if is_news:
+                fresh[place.url] = [content.stamp[0] if content.stamp else "", content.version]
     finally:
+        _SEEN.update(fresh)
         # An interrupted plan over many large files keeps what it has paid for.
         if fresh:
-            _remember(fresh)
+            _remember({url: entry for url, entry in fresh.items() if entry[0]})
     return found
 
 
+def _identified(place: Place, known: list[str] | None, planned: str | None) -> tuple[Content, bool]:
+    """What a place holds, and whether that is to be remembered."""
+    stamp, now = place.stamp(), time.time_ns()
+    if known and (known[0] == stamp[0] if stamp else known == ["", planned]):
+        return Content(known[1], stamp), False
+    content = Content(place.digest(), stamp)
+    return content, stamp is None or (stamp == place.stamp() and now - stamp[1] > _RACY_NS)
+
+
 def _remembered() -> dict[str, list[str]]:
-    # A cache that cannot be read costs a second reading of the files, nothing else: it is replaced.
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    # The cache spares a second reading of the files, no more: one that cannot be read is replaced, or done without.
+    with contextlib.suppress(OSError, json.JSONDecodeError, UnicodeDecodeError):
         held = json.loads(cache_file().read_text())
         if isinstance(held, dict):
             return held
@@ -193,7 +265,9 @@ def _remembered() -> dict[str, list[str]]:
 
 def _remember(fresh: dict[str, list[str]]) -> None:
     file = cache_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as staged:
-        json.dump({**_remembered(), **fresh}, staged)
-    Path(staged.name).replace(file)
+    # The same holds for one that cannot be written: a home that is read-only or full stops nothing.
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as staged:
+            json.dump({**_remembered(), **fresh}, staged)
+        Path(staged.name).replace(file)

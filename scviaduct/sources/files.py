@@ -19,6 +19,7 @@ from scviaduct.sources.layers import choose_layer
 from scviaduct.sources.obs import PRIMARY, Cells, RowRule, normal, select
 from scviaduct.sources.ondisk import REWRITE, Frame
 from scviaduct.sources.source import BATCH_ROWS, MAX_VAR_COLUMNS, REPLAN, TableSource, without_genes
+from scviaduct.sources.unreadable import FILE_ERRORS, quarantined, reading, refused, told
 from scviaduct.sources.uri import Address, local_path, quoted_url
 from scviaduct.values import GeneTable
 
@@ -52,17 +53,18 @@ class FileSource(TableSource):
     """
 
     def __init__(self, address: Address, place: Place | None = None, content: Content | None = None) -> None:
+        planned = address.parameters.get("version")
         self._place = place or Place.of(address.location)
-        self._content = content or contents([self._place])[0]
+        with refused():
+            self._content = content or contents([self._place], planned)[0]
         self.version = self._content.version
         self.source = quoted_url(address.location)
-        planned = address.parameters.get("version", self.version)
-        if planned != self.version:
+        if planned not in (None, self.version):
             raise SourceChangedError(
                 f"{self.source} was planned as version {planned} and is {self.version} now.", REPLAN
             )
         self._handles = contextlib.ExitStack()
-        with contextlib.ExitStack() as on_error:
+        with refused(), contextlib.ExitStack() as on_error:
             on_error.callback(self._handles.close)
             self._open(address)
             if not self.is_current():
@@ -71,24 +73,25 @@ class FileSource(TableSource):
 
     def _open(self, address: Address) -> None:
         root = _open_root(self._place, self._handles)
-        if "obs" not in root:
-            raise SourceError(f"{self.source} is not an AnnData file: it has no obs.", REWRITE)
-        self._obs = Frame(root["obs"], f"obs of {self.source}")
-        layer = choose_layer(root, address.parameters.get("layer"), self.source)
+        with reading(self.source):
+            if "obs" not in root:
+                raise SourceError(f"{self.source} is not an AnnData file: it has no obs.", REWRITE)
+            self._obs = Frame(root["obs"], f"obs of {self.source}")
+            layer = choose_layer(root, address.parameters.get("layer"), self.source)
+            cells, self.n_genes = len(self._obs), len(layer.var)
+            primary = PRIMARY in self._obs.columns and self._obs.is_bool(PRIMARY) and not address.keeps_duplicates
         self._layer, self._why = layer.name, layer.why
         self._matrix, self._var = layer.matrix, layer.var
-        if self._matrix.shape[0] != len(self._obs):
+        if self._matrix.shape[0] != cells:
             raise SourceError(
-                f"{layer.name} of {self.source} has {self._matrix.shape[0]} cells, its obs {len(self._obs)}.", REWRITE
+                f"{layer.name} of {self.source} has {self._matrix.shape[0]} cells, its obs {cells}.", REWRITE
             )
         key = self._column(address, "key") or self._obs.index
         dataset = self._column(address, "dataset")
-        primary = PRIMARY in self._obs.columns and self._obs.is_bool(PRIMARY) and not address.keeps_duplicates
         self._rule = RowRule(key, dataset, "" if dataset else stem(address.location), primary, self.source)
         self._filter = parse_filter(address.parameters["filter"]) if "filter" in address.parameters else None
         if self._filter:
             self._filter.check((*self._obs.columns, self._obs.index), f"obs of {self.source}")
-        self.n_genes = len(self._var)
         self.absent_genes = self._absent_genes(address.parameters.get("var_filter"))
         pinned = address.pinned(layer=layer.name, key=key, version=self.version)
         self.uri, self.selection = str(pinned), pinned.selection
@@ -129,13 +132,19 @@ class FileSource(TableSource):
         """Names of the obs columns."""
         return self._obs.columns
 
-    def genes(self, shard: Shard | None = None) -> GeneTable:  # noqa: ARG002
+    def genes(self, shard: Shard | None = None) -> GeneTable:
         """See :meth:`~scviaduct.sources.source.Source.genes`."""
+        where = f"var of {self.source}"
+        # Genes of the source are asked for before anything runs, those of a shard by who maps it.
+        with quarantined(f"Genes of {self.source}") if shard else refused(), reading(where):
+            return self._genes(where)
+
+    def _genes(self, where: str) -> GeneTable:
         names = [name for name in self._var.columns if self._var.is_text(name)][:MAX_VAR_COLUMNS]
         held = {"index": self._var.index, **{name: name for name in names if name != "index"}}
         columns = {}
         for label, name in held.items():
-            values = normal(self._var.read(name, 0, self.n_genes), name, f"var of {self.source}")
+            values = normal(self._var.read(name, 0, self.n_genes), name, where)
             columns[label] = without_genes(values.fill_null("").to_pylist(), self.absent_genes)
         return GeneTable(columns)
 
@@ -184,9 +193,9 @@ def _open_root(place: Place, handles: contextlib.ExitStack) -> Any:
         # Some network file systems know no locks; a reader of a pinned file needs none.
         return handles.enter_context(h5py.File(file, "r", locking="best-effort" if local else None))
     except FileNotFoundError as error:
-        raise nothing_at(place.url) from error
-    except (OSError, ValueError) as error:
+        raise nothing_at(place.url, error) from error
+    except FILE_ERRORS as error:
         raise SourceError(
-            f"{quoted_url(place.url)} cannot be opened as HDF5 or zarr ({error}).",
+            f"{quoted_url(place.url)} cannot be opened as HDF5 or zarr ({told(error)}).",
             "Give a .h5ad file, a .zarr store or a folder.",
         ) from error

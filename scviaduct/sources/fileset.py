@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from scviaduct.errors import SourceChangedError, SourceError
-from scviaduct.sources.content import Place, contents, filesystem
+from scviaduct.sources.content import Place, contents, filesystem, is_there
 from scviaduct.sources.files import FileSource, stem
 from scviaduct.sources.source import REPLAN, Source
 from scviaduct.sources.summary import merge_scans
+from scviaduct.sources.unreadable import NothingThereError, reading, refused
 from scviaduct.sources.uri import combined_version, parse, quoted_url
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class FileSetSource(Source):
         self._open: FileSource | None = None
         if "dataset" not in address.parameters:
             _refuse_same_stems(places)
-        self._contents = dict(zip(self._places, contents(places), strict=True))
+        with refused():
+            self._contents = dict(zip(self._places, contents(places), strict=True))
         self._where = quoted_url(address.location)
         # Names without their folder: the same files elsewhere are the same version.
         versions = {url: content.version for url, content in self._contents.items()}
@@ -88,7 +90,7 @@ class FileSetSource(Source):
         """See :meth:`~scviaduct.sources.source.Source.genes`."""
         if shard is None and len(self._places) > 1:
             raise SourceError(f"{self._where} has {len(self._places)} files, each with its genes.", "Ask genes(shard).")
-        return (self._file_of(shard) if shard else self._file(next(iter(self._places)))).genes()
+        return (self._file_of(shard) if shard else self._file(next(iter(self._places)))).genes(shard)
 
     def read(
         self,
@@ -117,15 +119,17 @@ def open_files(address: Address) -> FileSource | FileSetSource:
         If nothing is there, or nothing that is AnnData.
     """
     fs, path = filesystem(address.location)
-    if not fs.exists(path):
-        found = sorted(fs.glob(path)) if _has_magic(path) else []
+    if not is_there(address.location, fs, path):
+        with refused(), reading(quoted_url(address.location)):
+            found = sorted(fs.glob(path)) if _has_magic(path) else []
         return FileSetSource(address, _places(found, fs, address.location))
     place = Place.of(address.location)
     if not place.is_folder and not path.endswith(".h5ad"):
         raise SourceError(f"{quoted_url(address.location)} is not a .h5ad file or a .zarr store.", _advice(path))
     if not place.is_folder or any(fs.exists(f"{path}/{name}") for name in _ROOTS):
         return FileSource(address, place)
-    listed = sorted(entry["name"] for entry in fs.ls(path, detail=True))
+    with refused(), reading(quoted_url(address.location)):
+        listed = sorted(entry["name"] for entry in fs.ls(path, detail=True))
     return FileSetSource(address, _places(listed, fs, address.location))
 
 
@@ -137,7 +141,7 @@ def _has_magic(path: str) -> bool:
 def _places(paths: Sequence[str], fs: Any, where: str) -> list[Place]:
     urls = [fs.unstrip_protocol(path.rstrip("/")) for path in paths if path.rstrip("/").endswith(_SUFFIXES)]
     if not urls:
-        raise SourceError(
+        raise NothingThereError(
             f"No .h5ad file or .zarr store at {quoted_url(where)}.",
             "Check the path; a '?' or '%' in it is written %3F or %25.",
         )

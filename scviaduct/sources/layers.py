@@ -105,6 +105,6 @@ def _open(root: Any, name: str, where: str, why: str) -> Layer:
 
 
 def _holds_counts(root: Any, name: str, where: str) -> bool:
-    values = open_matrix(_element(root, name), where).sample(SAMPLE)
+    values = open_matrix(_element(root, name), f"{'raw/X' if name == 'raw' else name} of {where}").sample(SAMPLE)
     values = values[values != 0]
     return bool(len(values) and np.isfinite(values).all() and (values > 0).all() and (values == np.rint(values)).all())

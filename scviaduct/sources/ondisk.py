@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from scviaduct.errors import SourceError
 from scviaduct.sources.counts import SLAB_BYTES, Rows, runs
+from scviaduct.sources.unreadable import reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,8 +45,15 @@ def _strings(dataset: Any, start: int, stop: int) -> list[str]:
     return list(values.tolist())
 
 
+def _dtype(dataset: Any) -> np.dtype[Any]:
+    try:
+        return dataset.dtype  # type: ignore[no-any-return]
+    except TypeError as error:  # how h5py says that numpy has no such type
+        raise ValueError(str(error)) from error
+
+
 def _is_string(dataset: Any) -> bool:
-    return encoding(dataset) == "string-array" or dataset.dtype.kind in "OTUS"
+    return encoding(dataset) == "string-array" or _dtype(dataset).kind in "OTUS"
 
 
 class Frame:
@@ -92,14 +100,14 @@ class Frame:
             case "string-array" | "nullable-string-array":
                 return True
             case "array":
-                return bool(element.dtype.kind in "OTUS")
+                return _dtype(element).kind in "OTUS"
         return False
 
     def is_bool(self, name: str) -> bool:
         """Whether a column holds booleans."""
         element = self._group[name]
         kind = encoding(element)
-        return kind == "nullable-boolean" or (kind == "array" and element.dtype.kind == "b")
+        return kind == "nullable-boolean" or (kind == "array" and _dtype(element).kind == "b")
 
     def read(self, name: str, start: int, stop: int) -> pa.Array:
         """Rows ``[start, stop)`` of a column (or of the index), as Arrow; categories stay dictionary-encoded.
@@ -108,7 +116,13 @@ class Frame:
         ------
         SourceError
             If the column is in an encoding that holds no scalars.
+        UnreadableError
+            If it cannot be read.
         """
+        with reading(f"Column '{name}', rows {start} to {stop}, of {self._where}"):
+            return self._read(name, start, stop)
+
+    def _read(self, name: str, start: int, stop: int) -> pa.Array:
         element = self._group[name]
         match encoding(element):
             case "categorical":
@@ -149,28 +163,49 @@ class SparseMatrix:
     ----------
     group
         Its group: ``indptr``, ``indices``, ``data``.
+    where
+        File and element, for messages.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, where: str) -> None:
+        self._where = where
         self._indptr, self._indices, self._data = group["indptr"], group["indices"], group["data"]
+        for dataset in (self._indptr, self._indices, self._data):
+            _dtype(dataset)
         rows, genes = group.attrs["shape"]
         self.shape = int(rows), int(genes)
 
     def read(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
         """Selected rows in order, a slab at a time."""
         for start, stop, chosen in runs(rows):
-            indptr = self._indptr[start : stop + 1].astype(np.int64)
+            with reading(f"{self._where}, rows {start} to {stop},"):
+                indptr = self._indptr[start : stop + 1].astype(np.int64)
+                if len(indptr) != stop - start + 1 or indptr[0] < 0 or (np.diff(indptr) < 0).any():
+                    raise ValueError("indptr does not ascend")
             for first, last in _slabs(indptr):
                 low, high = int(indptr[first]), int(indptr[last])
                 inside = chosen[(chosen >= first) & (chosen < last)] - first
-                slab = target.align(indptr[first : last + 1] - low, self._indices[low:high], self._data[low:high])
+                with reading(f"{self._where}, rows {start + first} to {start + last},"):
+                    indices, data = self._values(low, high)
+                slab = target.align(indptr[first : last + 1] - low, indices, data)
                 yield slab.take(inside)
+
+    def _values(self, low: int, high: int) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.generic]]:
+        indices, data = self._indices[low:high], self._data[low:high]
+        if not len(indices) == len(data) == high - low:
+            raise ValueError(
+                f"{high - low} values are announced, {len(indices)} genes and {len(data)} values are there"
+            )
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.shape[1]:
+            raise ValueError(f"genes {indices.min()} to {indices.max()} of {self.shape[1]}")
+        return indices, data
 
     def sample(self, count: int) -> npt.NDArray[np.generic]:
         """Some stored values: from the beginning, the middle and the end."""
         total = int(self._data.shape[0])
         starts = {0, max(0, (total - count) // 2), max(0, total - count)}
-        return np.concatenate([self._data[start : start + count] for start in sorted(starts)])
+        with reading(f"data of {self._where}"):
+            return np.concatenate([self._data[start : start + count] for start in sorted(starts)])
 
 
 class DenseMatrix:
@@ -180,10 +215,13 @@ class DenseMatrix:
     ----------
     dataset
         Its array of shape ``(n_cells, n_genes)``.
+    where
+        File and element, for messages.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Any, where: str) -> None:
+        self._dataset, self._where = dataset, where
+        _dtype(dataset)
         rows, genes = dataset.shape
         self.shape = int(rows), int(genes)
 
@@ -192,7 +230,9 @@ class DenseMatrix:
         size = max(1, SLAB_BYTES // (max(1, self.shape[1]) * (self._dataset.dtype.itemsize + VALUE_BYTES)))
         for start, stop, chosen in runs(rows):
             for first in range(0, stop - start, size):
-                dense = self._dataset[start + first : min(start + first + size, stop)]
+                last = min(start + first + size, stop)
+                with reading(f"{self._where}, rows {start + first} to {last},"):
+                    dense = self._dataset[start + first : last]
                 inside = chosen[(chosen >= first) & (chosen < first + size)] - first
                 at_row, at_gene = np.nonzero(dense)
                 indptr = np.concatenate(([0], np.cumsum(np.bincount(at_row, minlength=len(dense)))))
@@ -202,7 +242,8 @@ class DenseMatrix:
         """Some non-zero values: from the first, the middle and the last rows."""
         size, total = max(1, count // max(1, self.shape[1])), self.shape[0]
         starts = {0, max(0, (total - size) // 2), max(0, total - size)}
-        values = np.concatenate([self._dataset[start : start + size].ravel() for start in sorted(starts)])
+        with reading(self._where):
+            values = np.concatenate([self._dataset[start : start + size].ravel() for start in sorted(starts)])
         return np.asarray(values[values != 0])
 
 
@@ -226,9 +267,9 @@ def open_matrix(element: Any, where: str) -> SparseMatrix | DenseMatrix:
     """
     match encoding(element):
         case "csr_matrix":
-            return SparseMatrix(element)
+            return SparseMatrix(element, where)
         case "array":
-            return DenseMatrix(element)
+            return DenseMatrix(element, where)
         case "csc_matrix":
             raise SourceError(
                 f"{where} is stored by columns (csc_matrix): reading a few cells would read all of it.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from scviaduct.errors import SourceChangedError
 from scviaduct.sources.source import REPLAN
+from scviaduct.sources.unreadable import NothingThereError
 from scviaduct.sources.uri import parse
 
 if TYPE_CHECKING:
@@ -62,13 +63,18 @@ def open_shard(shard: Shard) -> Source:
     Raises
     ------
     SourceChangedError
-        If the source is no longer of the version that was planned.
+        If the source is no longer of the version that was planned, or no longer there.
+    SourceError
+        If it cannot be opened, for now or for good.
     """
     source = _OPEN.pop(shard.uri, None)
     if source is not None and not source.is_current():
         source.close()
         source = None
-    source = source or open_source(shard.uri)
+    try:
+        source = source or open_source(shard.uri)
+    except NothingThereError as error:
+        raise SourceChangedError(f"{shard.source} was planned and is gone: {error.problem}", REPLAN) from error
     _OPEN[shard.uri] = source
     while len(_OPEN) > KEPT_OPEN:
         _OPEN.popitem(last=False)[1].close()

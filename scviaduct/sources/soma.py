@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from scviaduct.errors import FilterError, SourceChangedError, SourceError
 from scviaduct.sources.filters import EXAMPLE, ValueFilter, parse_filter
 from scviaduct.sources.fingerprint import fingerprint
 from scviaduct.sources.obs import PRIMARY, Cells, RowRule, normal, select, store_type
-from scviaduct.sources.somacounts import buffers, read_counts
+from scviaduct.sources.somacounts import SOMA_ERRORS, buffers, read_counts
 from scviaduct.sources.source import BATCH_ROWS, MAX_VAR_COLUMNS, REPLAN, TableSource, without_genes
+from scviaduct.sources.unreadable import NothingThereError, each, reading, refused, told
 from scviaduct.sources.uri import Address, local_path, quoted_url
 from scviaduct.values import GeneTable
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from scviaduct.values import LongArray, Shard
 
 JOINID = "soma_joinid"
+SORTED_ROWS = 4 << 20
+"""Rows of obs that are held and sorted at a time where obs is not indexed on its joinid alone."""
 _FEATURE_IDS = ("feature_id", "var_id", "gene_id")
 _CELL_IDS = ("observation_joinid", "obs_id")
 _LAYERS = ("raw", "counts")
@@ -48,7 +52,7 @@ class SomaSource(TableSource):
 
     def __init__(self, address: Address) -> None:
         self._handles = contextlib.ExitStack()
-        with contextlib.ExitStack() as on_error:
+        with refused(), reading(quoted_url(address.location), SOMA_ERRORS), contextlib.ExitStack() as on_error:
             on_error.callback(self._handles.close)
             experiment = self._open_experiment(address)
             pinned = self._open_arrays(experiment, address)
@@ -151,7 +155,7 @@ class SomaSource(TableSource):
         columns = {name: normal(table[name], name, where).cast(pa.string()).fill_null("") for name in names}
         self.absent_genes = None
         if chosen is not None:
-            kept = self._filtered(self._var, chosen, [JOINID], ())
+            kept = self._filtered(self._var, chosen, [JOINID])
             self.absent_genes = ~np.isin(
                 joinids, np.concatenate([np.zeros(0, np.int64), *(t[JOINID].to_numpy() for t in kept)])
             )
@@ -185,19 +189,29 @@ class SomaSource(TableSource):
         return self._genes
 
     def _filtered(
-        self, frame: Any, chosen: ValueFilter | None, columns: Sequence[str], coords: tuple[Any, ...]
+        self,
+        frame: Any,
+        chosen: ValueFilter | None,
+        columns: Sequence[str],
+        coords: tuple[Any, ...] = (),
+        within: tuple[int, int] | None = None,
     ) -> Iterator[pa.Table]:
-        """Read a data frame, with TileDB's complaints about a filter turned into ours."""
+        """Read a data frame, or its rows of some joinids, with TileDB's complaints turned into ours."""
         order = "row-major" if tuple(frame.index_column_names) == (JOINID,) else "auto"
+        conditions = [] if within is None else [f"{JOINID} >= {within[0]} and {JOINID} < {within[1]}"]
+        # The line break ends a comment that the filter may end in.
+        conditions += [] if chosen is None else [f"({chosen.text.strip()}\n)" if conditions else chosen.text]
         try:
-            yield from frame.read(
-                coords, column_names=list(columns), value_filter=chosen.text if chosen else None, result_order=order
+            # TileDB-SOMA judges a filter here; what fails later is the data.
+            read = frame.read(
+                coords, column_names=list(columns), value_filter=" and ".join(conditions) or None, result_order=order
             )
         except tiledbsoma.SOMAError as error:
             if chosen is None:
                 raise
-            told = str(error).partition("\n")[0]
-            raise FilterError(f'Filter "{chosen.text}" is refused by TileDB-SOMA: {told}.', EXAMPLE) from error
+            why = str(error).partition("\n")[0]
+            raise FilterError(f'Filter "{chosen.text}" is refused by TileDB-SOMA: {why}.', EXAMPLE) from error
+        yield from each(lambda: read, f"{'obs' if frame is self._obs else 'var'} of {self.source}", SOMA_ERRORS)
 
     def cells(self, columns: tuple[str, ...], start: int = 0, stop: int | None = None) -> Iterator[Cells]:
         """See :meth:`~scviaduct.sources.source.TableSource.cells`."""
@@ -213,17 +227,25 @@ class SomaSource(TableSource):
             coords = (slice(start, None if stop is None else stop - 1),)
             yield from self._filtered(self._obs, self._filter, columns, coords)
             return
-        # obs indexed on something else comes in that order: the columns needed are read whole and sorted by joinid.
-        tables = list(self._filtered(self._obs, self._filter, columns, ()))
-        if tables:
-            table = pa.concat_tables(tables, promote_options="permissive").sort_by(JOINID)
-            joinids = table[JOINID].to_numpy()
-            first, last = np.searchsorted(joinids, [start, np.iinfo(np.int64).max if stop is None else stop])
-            yield table.slice(int(first), int(last - first))
+        # obs indexed on something else comes in that order: ranges of joinids are read whole and sorted.
+        for within in self._windows(start, np.iinfo(np.int64).max if stop is None else stop):
+            tables = list(self._filtered(self._obs, self._filter, columns, within=within))
+            if tables:
+                yield pa.concat_tables(tables, promote_options="permissive").sort_by(JOINID)
+
+    def _windows(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Ranges of joinids of obs, together from ``start`` to ``stop``, that select ``SORTED_ROWS`` cells each."""
+        if stop - start <= SORTED_ROWS:
+            return [(start, stop)]
+        tables = self._filtered(self._obs, self._filter, [JOINID], within=(start, stop))
+        joinids = np.concatenate([np.zeros(0, np.int64), *(table[JOINID].to_numpy() for table in tables)])
+        joinids.sort()
+        edges = [int(joinid) for joinid in joinids[::SORTED_ROWS]]
+        return list(pairwise([*edges, int(joinids[-1]) + 1])) if edges else []
 
     def counts(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
         """See :meth:`~scviaduct.sources.source.TableSource.counts`."""
-        return read_counts(self._x, rows, self._gene_at, target)
+        return read_counts(self._x, rows, self._gene_at, target, f"X/{self._layer} of {self.source}")
 
     def close(self) -> None:
         """Close the experiment."""
@@ -233,9 +255,10 @@ class SomaSource(TableSource):
 def _opened(url: str, context: Any) -> Any:
     try:
         return tiledbsoma.open(url, context=context)
-    except (tiledbsoma.SOMAError, RuntimeError) as error:
-        raise SourceError(
-            f"No SOMA object opens at {url} ({str(error).partition(chr(10))[0]}).",
+    except SOMA_ERRORS as error:
+        kind = NothingThereError if isinstance(error, tiledbsoma.DoesNotExistError) else SourceError
+        raise kind(
+            f"No SOMA object opens at {url} ({told(error)}).",
             "Check the path and the credentials; write soma:PATH or soma:s3://BUCKET/PATH.",
         ) from error
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import tiledbsoma
 from scipy import sparse
 
 from scviaduct.sources.counts import SLAB_BYTES, Rows
+from scviaduct.sources.unreadable import each
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +26,8 @@ BUFFER_BYTES = 16 << 20
 """TileDB's buffer for each column; 8 to 64 MB read equally fast."""
 TILE_ROWS = 2048
 """Rows of a tile of X (the extent that TileDB-SOMA gives by default); a slab that splits one decodes it twice."""
+SOMA_ERRORS = (tiledbsoma.SOMAError, RuntimeError, OSError)
+"""What TileDB-SOMA raises over content that it cannot read."""
 _SELECTED_BYTES = 24
 """What one selected value costs while its slab is assembled: row, column, value, and the same as CSR."""
 
@@ -33,7 +37,7 @@ def buffers() -> dict[str, int]:
     return {"soma.init_buffer_bytes": BUFFER_BYTES}
 
 
-def read_counts(matrix: Any, rows: LongArray, gene_at: IntArray, target: GeneTarget) -> Iterator[Rows]:
+def read_counts(matrix: Any, rows: LongArray, gene_at: IntArray, target: GeneTarget, where: str) -> Iterator[Rows]:
     """Counts of some rows, a few rows of tiles at a time.
 
     Read unordered and sorted while assembling: TileDB's own row-major order is about nine times slower. All genes are
@@ -49,11 +53,18 @@ def read_counts(matrix: Any, rows: LongArray, gene_at: IntArray, target: GeneTar
         int32, position of the gene in the source's order by its joinid, -1 for a joinid that var lacks.
     target
         Where the genes go.
+    where
+        Layer and experiment, for messages.
 
     Yields
     ------
     Rows
         The next rows, in order.
+
+    Raises
+    ------
+    UnreadableError
+        If TileDB-SOMA cannot read them.
     """
     columns = np.append(target.columns, np.int32(-1))[gene_at]
     first, tiles = 0, 1
@@ -62,20 +73,21 @@ def read_counts(matrix: Any, rows: LongArray, gene_at: IntArray, target: GeneTar
         if last < len(rows):
             edge = int(rows[last]) // TILE_ROWS * TILE_ROWS
             last = max(int(np.searchsorted(rows, edge)), first + 1)
-        slab = _slab(matrix, rows[first:last], columns, target.n_genes)
+        slab = _slab(matrix, rows[first:last], columns, target.n_genes, where)
         mean = max(1.0, len(slab.data) / (last - first))
         tiles = max(1, int(SLAB_BYTES / (_SELECTED_BYTES * mean * TILE_ROWS)))
         first = last
         yield slab
 
 
-def _slab(matrix: Any, rows: LongArray, columns: IntArray, n_genes: int) -> Rows:
+def _slab(matrix: Any, rows: LongArray, columns: IntArray, n_genes: int, where: str) -> Rows:
     low, high = int(rows[0]), int(rows[-1]) + 1
     # A selection with few gaps is read as one range, whose tiles TileDB decodes once.
     dense = high - low <= 2 * len(rows)
     position = _positions(rows) if dense else None
     at_row, at_gene, values = [], [], []
-    for table in matrix.read((slice(low, high - 1) if dense else pa.array(rows), slice(None))).tables():
+    coords = (slice(low, high - 1) if dense else pa.array(rows), slice(None))
+    for table in each(lambda: matrix.read(coords).tables(), f"{where}, rows {low} to {high},", SOMA_ERRORS):
         joinids = table["soma_dim_0"].to_numpy()
         row = np.searchsorted(rows, joinids).astype(np.int32) if position is None else position[joinids - low]
         column = columns[table["soma_dim_1"].to_numpy()]

@@ -13,6 +13,7 @@ from scviaduct.errors import SourceChangedError, SourceError
 from scviaduct.sources.counts import GeneTarget, assemble
 from scviaduct.sources.cutting import Cutter, KeyCheck, rows_bytes, rows_hasher
 from scviaduct.sources.summary import Summariser
+from scviaduct.sources.unreadable import quarantined, refused
 from scviaduct.values import CellBlock, Scan, Shard
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Source(AbstractContextManager["Source"], abc.ABC):
         Raises
         ------
         SourceError
-            If a cell has no key or no dataset, or a key occurs twice in a dataset.
+            If a cell has no key or no dataset, a key occurs twice in a dataset, or a piece cannot be read.
         FilterError
             If the filter compares unlike things.
         """
@@ -126,6 +127,8 @@ class Source(AbstractContextManager["Source"], abc.ABC):
         ------
         SourceChangedError
             If the source is of another version, or the selected rows are not those planned.
+        DataError
+            If a piece of it cannot be read; what may pass, such as a lost connection, is raised as it is.
         SourceError
             If a requested column does not exist, or is called ``observation_id``.
         """
@@ -176,7 +179,7 @@ class TableSource(Source):
         summaries = {column: Summariser() for column in present}
         cutter = Cutter(Shard(self.uri, self.source, self.version, self.selection, "", 0, 0, 0, ""), shard_cells)
         skipped, unselected = 0, dict[str, None]()
-        with KeyCheck() as keys:
+        with refused(), KeyCheck() as keys:
             for cells in self.cells(present):
                 cutter.add(cells)
                 keys.add(cells)
@@ -208,8 +211,9 @@ class TableSource(Source):
         """See :meth:`Source.read`."""
         self._check(shard, columns)
         target = GeneTarget.of(self.n_genes, gene_map, n_genes, self.absent_genes)
-        rows, obs = self._select(shard, tuple(dict.fromkeys(columns)), limit)
-        counts = assemble(self.counts(rows, target))
+        with quarantined(f"Rows {shard.start} to {shard.stop} of dataset '{shard.dataset_id}' in {self.source}"):
+            rows, obs = self._select(shard, tuple(dict.fromkeys(columns)), limit)
+            counts = assemble(self.counts(rows, target))
         return CellBlock(shard, counts.indptr, counts.indices, counts.data, target.n_genes, rows, obs)
 
     def _check(self, shard: Shard, columns: Sequence[str]) -> None:

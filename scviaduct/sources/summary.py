@@ -53,15 +53,17 @@ def _add(counts: Counter[str], more: Iterable[tuple[str, int]]) -> bool:
 
 
 def merge_columns(parts: Sequence[ColumnSummary]) -> ColumnSummary:
-    """One summary of a column over several files; types that differ become ``string``."""
-    types = {part.type for part in parts}
+    """One summary of a column over several files; integers with reals are ``double``, other mixtures ``string``."""
+    types = {part.type for part in parts if part.type}
+    nulls = sum(part.nulls for part in parts)
+    if types == {"int64", "double"}:
+        return ColumnSummary("double", {}, nulls)
     counts: Counter[str] = Counter()
     truncated = any(part.truncated for part in parts)
     for part in parts:
         truncated |= _add(counts, part.counts.items())
-    return ColumnSummary(
-        types.pop() if len(types) == 1 else "string", dict(counts), sum(part.nulls for part in parts), truncated
-    )
+    kind = "" if not types else types.pop() if len(types) == 1 else "string"
+    return ColumnSummary(kind, dict(counts), nulls, truncated)
 
 
 def merge_scans(scans: Sequence[Scan]) -> Scan:

@@ -9,6 +9,7 @@ parameters sorted, values quoted, local paths absolute.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -49,6 +50,14 @@ PARAMETERS: dict[str, dict[str, str]] = {
 }
 """What each scheme's query may hold, and what it means."""
 
+_AUTHORITY = re.compile(r"([A-Za-z][\w+.-]*)://([^/?#]*)")
+_NAME = re.compile(r"[?&]([\w.~-]+)=(?!=)")
+_REVISIONS = ("github",)
+"""Protocols whose ``name:name@revision`` is no password."""
+_SECRET = re.compile(
+    r"token|secret|passw|pwd|credential|signature|api_?-?key|access_?-?key|^x-(amz|goog)|^sig$|^auth", re.IGNORECASE
+)
+_ASIDE = "Give credentials through the environment (AWS_PROFILE) or fsspec's configuration (FSSPEC_HTTP=JSON)."
 _PLACE = ("version", "filter", "uri", "duplicates")
 """Parameters that enter a shard's address through its version and its rows, not through the selection."""
 
@@ -103,24 +112,28 @@ def parse(uri: str) -> Address:
     Raises
     ------
     SourceError
-        If there is no location, or a parameter is unknown, empty, given twice or not ``name=value``.
+        If there is no location, a parameter is unknown, empty, given twice or not ``name=value``, or a URL carries
+        credentials; they would end in messages and in the store.
     """
+    _refuse_secrets(uri)
     scheme, rest = "file", uri
     for prefix in ("census", "soma"):
         if uri.startswith(f"{prefix}:"):
             scheme, rest = prefix, uri.removeprefix(f"{prefix}:")
     location, _, query = rest.partition("?")
+    # Messages name what stands before the query: an unknown parameter may hold a token.
+    head = uri.partition("?")[0]
     if not location.strip():
         raise SourceError(
-            f"Source '{uri}' names no place.",
+            f"Source '{head}' names no place.",
             "Write census:2025-11-08?organism=homo_sapiens, soma:PATH, or the path of a .h5ad, a .zarr or a folder.",
         )
     location = unquote(location)
     location = location if scheme == "census" else absolute_url(location)
-    return Address(scheme, location, _parameters(uri, scheme, query))
+    return Address(scheme, location, _parameters(head, scheme, query))
 
 
-def _parameters(uri: str, scheme: str, query: str) -> dict[str, str]:
+def _parameters(head: str, scheme: str, query: str) -> dict[str, str]:
     known = PARAMETERS[scheme]
     parameters: dict[str, str] = {}
     for part in query.split("&") if query else ():
@@ -128,26 +141,45 @@ def _parameters(uri: str, scheme: str, query: str) -> dict[str, str]:
         if name not in known:
             close = get_close_matches(name, known, n=1)
             raise SourceError(
-                f"Source '{uri}' has an unknown parameter '{name}'{f' (did you mean {close[0]}?)' if close else ''}.",
+                f"Source '{head}' has an unknown parameter '{name}'{f' (did you mean {close[0]}?)' if close else ''}.",
                 f"A {scheme} source takes {', '.join(sorted(known))}; an '&' inside a value is written %26.",
             )
         if not equals or not value:
-            raise SourceError(f"Parameter '{name}' of source '{uri}' has no value.", f"Write {name}=VALUE.")
+            raise SourceError(f"Parameter '{name}' of source '{head}' has no value.", f"Write {name}=VALUE.")
         if name in parameters:
-            raise SourceError(f"Parameter '{name}' of source '{uri}' is given twice.", "Give it once.")
+            raise SourceError(f"Parameter '{name}' of source '{head}' is given twice.", "Give it once.")
         parameters[name] = unquote(value)
     if parameters.get("duplicates", "keep") != "keep":
         raise SourceError(
-            f"Source '{uri}' has duplicates={parameters['duplicates']}.",
+            f"Source '{head}' has duplicates={parameters['duplicates']}.",
             "Write duplicates=keep, or leave it out to select primary cells only.",
         )
     if "uri" in parameters:
         parameters["uri"] = absolute_url(parameters["uri"])
     elif scheme == "census" and "version" in parameters:
         raise SourceError(
-            f"Source '{uri}' gives version= without uri=.", "A release pins itself: write census:2025-11-08."
+            f"Source '{head}' gives version= without uri=.", "A release pins itself: write census:2025-11-08."
         )
     return parameters
+
+
+def _refuse_secrets(uri: str) -> None:
+    """Refuse passwords and tokens in any URL, however often it is quoted, without repeating them."""
+    text, before = uri, ""
+    while text != before:
+        for protocol, authority in (found for link in text.split("::") for found in _AUTHORITY.findall(link)):
+            user, at, _ = authority.rpartition("@")
+            port = "" if at or authority.endswith("]") else authority.rpartition(":")[2] if ":" in authority else ""
+            web = protocol.lower() in ("http", "https")
+            # A password may hold a slash: what stands where a port would is then no number.
+            odd = ":" in user or (web and at) or not (port or "0").isdigit()
+            if odd and protocol.lower() not in _REVISIONS:
+                raise SourceError(f"The {protocol} URL of a source carries credentials, which would be stored.", _ASIDE)
+        # The first question mark begins the source's own parameters; a later, or a quoted one, the URL's.
+        for name in _NAME.findall(text):
+            if _SECRET.search(name):
+                raise SourceError(f"The URL of a source carries the token '{name}', which would be stored.", _ASIDE)
+        text, before = unquote(text), text
 
 
 def _query(parameters: Mapping[str, str]) -> str:

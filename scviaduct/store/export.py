@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def export(
 ) -> Path:
     """Write a version's cells to a file; it appears whole or not at all.
 
-    parquet streams, a unit at a time. An AnnData is built in memory: 4 bytes a latent dimension and cell, and its obs.
+    Rows are in the order of source and row. parquet streams, in the memory of the units whose rows interleave at one
+    place. An AnnData is built in memory: 4 bytes a latent dimension and cell, and its obs.
 
     Parameters
     ----------
@@ -56,28 +58,37 @@ def export(
     Raises
     ------
     InputError
-        If ``to`` is no format, or ``out`` is there and is not to be replaced, or is a folder that is not a zarr group.
+        If ``to`` is no format, or ``out`` is there and is not to be replaced, or is a folder that is not a zarr group,
+        or cannot be written.
+    StoreError
+        If there is no such version, or a file of it cannot be read.
     """
     if to not in FORMATS:
         raise InputError(f"--to {to} is no format.", f"Formats: {', '.join(FORMATS)}.")
-    if out.exists() and not overwrite:
-        raise InputError(f"'{out}' is there.", "Name another file, or --overwrite.")
-    if out.is_dir() and not any((out / name).exists() for name in ("zarr.json", ".zgroup")):
-        raise InputError(f"'{out}' is a folder, and not one of zarr.", "It is not overwritten: name another file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{secrets.token_hex(4)}.{out.name}")
     try:
+        _check_out(out, overwrite=overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
         if to == "parquet":
             _write_parquet(space, temporary, where, as_of, advance)
         else:
             data = _anndata(space, where, as_of, advance)
             data.write_h5ad(temporary) if to == "h5ad" else data.write_zarr(temporary)
         _put(temporary, out)
+    except OSError as error:
+        remedy = "Name a file in a folder that can be written and has room: --out FILE."
+        raise InputError(f"'{out}' cannot be written ({error}).", remedy) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
     return out
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise InputError(f"'{out}' is there.", "Name another file, or --overwrite.")
+    if out.is_dir() and not any((out / name).exists() for name in ("zarr.json", ".zgroup")):
+        raise InputError(f"'{out}' is a folder, and not one of zarr.", "It is not overwritten: name another file.")
 
 
 def _put(made: Path, out: Path) -> None:
@@ -101,7 +112,7 @@ def _write_parquet(
     snapshot = space.snapshot(as_of)
     schema = space.schema(snapshot)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for table in space.read(where=where, as_of=snapshot.version):
+        for table in space.read_sorted(where, snapshot.version):
             writer.write_table(table)
             advance(len(table))
 

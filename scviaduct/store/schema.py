@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from scviaduct.errors import InputError
+from scviaduct.sources.obs import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping as MappingType
@@ -98,7 +99,10 @@ def unit_rows(
     )
     joinids = pa.array(block.rows) if shard.uri.startswith(("census:", "soma:")) else pa.nulls(n, pa.int64())
     schema = cells_schema(settings.keep_obs)
-    kept = [block.obs[name].cast(TYPES[kind]) for name, kind in settings.keep_obs.items()]
+    kept = [
+        as_text(block.obs[name]) if kind == "string" else block.obs[name].cast(TYPES[kind])
+        for name, kind in settings.keep_obs.items()
+    ]
     cells = pa.table([*key, pa.array(block.rows), joinids, *kept, *origin], schema=schema)
     return latents, cells
 

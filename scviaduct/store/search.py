@@ -194,4 +194,8 @@ def _table(index: Index, queries: Queries, distance: FloatArray, found: LongArra
         "distance": pa.array(np.sqrt(np.maximum(distance[keep], 0)).astype(np.float32)),
     }
     rest = [name for name in rows.schema.names if name not in ("source_row", "unit", "unit_row", "run")]
-    return pa.table(columns | {name: rows[name] for name in rest})
+    return pa.table(columns | {name: _plain(rows[name]) for name in rest})
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column

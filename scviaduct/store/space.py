@@ -3,73 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake.exceptions import CommitFailedError
 
 from scviaduct import faults
 from scviaduct.errors import InputError, StoreError
 from scviaduct.store.committing import Pair, milliseconds, replace_cells, require_whole
 from scviaduct.store.files import write_once
-from scviaduct.store.schema import LATENT_COLUMNS, LATENTS, RESERVED, cells_schema, new_columns
+from scviaduct.store.reading import Snapshot, read_sorted, read_units
+from scviaduct.store.schema import LATENTS, cells_schema, new_columns
 from scviaduct.store.staging import Completion, is_whole, record_path
 from scviaduct.store.tables import Table, Version
-from scviaduct.store.where import parse_where
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import pyarrow as pa
+
 _TRIES = 20
 _TOLD = "scviaduct."
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What a reader sees at one version: the newest ``cells`` commit and the ``latents`` version that it names.
-
-    Attributes
-    ----------
-    version
-        Of ``cells``; 0 for a space without a commit.
-    run
-        Run that made it.
-    timestamp
-        Milliseconds since 1970, UTC.
-    pairs
-        Name to the files of a unit, or of what is left of one.
-    latents_version
-        Version of ``latents`` that goes with it.
-    columns
-        Schema of ``cells``.
-    """
-
-    version: int
-    run: str
-    timestamp: int
-    pairs: Mapping[str, Pair]
-    latents_version: int
-    columns: pa.Schema
-
-    @property
-    def cells(self) -> int:
-        """Number of cells."""
-        return sum(pair.cells.rows for pair in self.pairs.values())
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Columns that a reader sees, both tables joined."""
-        kept = [name for name in self.columns.names if name not in RESERVED]
-        first = ["source", "dataset_id", "observation_id", "source_row", "soma_joinid"]
-        return (*first, *LATENT_COLUMNS, *kept, "unit", "unit_row", "run")
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """Kept obs columns."""
-        return tuple(name for name in self.columns.names if name not in RESERVED)
 
 
 class Space:
@@ -193,7 +147,8 @@ class Space:
         told
             What the commit says of itself; ``run`` is required.
         before
-            Called once, just before anything becomes visible: the run's record is written there.
+            Called once, just before anything becomes visible, or if everything is already: the run's record is written
+            there.
 
         Returns
         -------
@@ -210,6 +165,8 @@ class Space:
             head = self._cells.load()
             snapshot = self._resolve(head)
             if completions and all(completion.cells.name in snapshot.pairs for completion in completions):
+                if not recorded:  # an attempt that brought nothing new may have put units into quarantine
+                    before()
                 return snapshot.version
             change = replace_cells(self.path, snapshot.pairs, completions)
             require_whole(self.path, completions, change.add)
@@ -256,9 +213,9 @@ class Space:
     def read(
         self, columns: Sequence[str] | None = None, where: str | None = None, as_of: int | None = None
     ) -> Iterator[pa.Table]:
-        """Read cells with their latents and labels, one table per unit, in the order of source and row.
+        """Read cells with their latents and labels, one table per unit, in the order of source and first row.
 
-        Memory is bounded by a unit.
+        Memory is bounded by a unit. Units of datasets that interleave in the source do so here: :meth:`read_sorted`.
 
         Parameters
         ----------
@@ -274,50 +231,23 @@ class Space:
         FilterError
             If ``where`` does not parse or names an unknown column.
         """
-        snapshot = self.snapshot(as_of)
-        names = list(columns or snapshot.names)
-        unknown = [name for name in names if name not in snapshot.names]
-        if unknown:
-            raise InputError(f"There is no column '{unknown[0]}'.", f"Columns: {', '.join(snapshot.names)}.")
-        condition = parse_where(where, self.schema(snapshot)) if where else None
-        needed = dict.fromkeys([*names, *(condition.columns if condition else ())])
-        for name in sorted(snapshot.pairs, key=lambda name: _order(snapshot.pairs[name])):
-            table = self._read_pair(snapshot, snapshot.pairs[name], list(needed))
-            if condition:
-                table = table.filter(condition.expression)
-            if len(table):
-                yield table.select(names)
+        for _, table in read_units(self.path, self.snapshot(as_of), columns, where):
+            yield table
+
+    def read_sorted(self, where: str | None = None, as_of: int | None = None) -> Iterator[pa.Table]:
+        """Read all columns in tables whose rows, one after the other, are in the order of source and row.
+
+        Memory is bounded by the units whose rows interleave at one place. Parameters and errors are those of
+        :meth:`read`.
+        """
+        return read_sorted(self.path, self.snapshot(as_of), where)
 
     def schema(self, snapshot: Snapshot) -> pa.Schema:
         """Schema of what a reader sees; kept text columns are dictionaries."""
-        kinds = {field.name: field.type for field in (*LATENTS, *snapshot.columns)}
-        text = {name for name in (*snapshot.kept, "label", "source", "dataset_id") if pa.types.is_string(kinds[name])}
-        coded = pa.dictionary(pa.int32(), pa.string())
-        return pa.schema([(name, coded if name in text else kinds[name]) for name in snapshot.names])
-
-    def _read_pair(self, snapshot: Snapshot, pair: Pair, names: Sequence[str]) -> pa.Table:
-        """Rows of a unit, with the columns of both tables side by side: both files hold the same rows in order."""
-        schema = self.schema(snapshot)
-        of_latents = [name for name in names if name in LATENT_COLUMNS]
-        of_cells = [name for name in names if name not in LATENT_COLUMNS]
-        columns: dict[str, Any] = {}
-        for table, file, wanted in (("latents", pair.latents, of_latents), ("cells", pair.cells, of_cells)):
-            if not wanted:
-                continue
-            parquet = pq.ParquetFile(self.path / table / file.path)
-            there = [name for name in wanted if name in parquet.schema_arrow.names]
-            read = parquet.read(columns=there)
-            columns |= {name: read[name] for name in there}
-        empty = {name: pa.nulls(pair.cells.rows, schema.field(name).type) for name in names if name not in columns}
-        wanted = pa.schema([schema.field(name) for name in names])
-        return pa.table({name: (columns | empty)[name] for name in names}).cast(wanted)
+        return snapshot.schema
 
     def count(self, where: str | None = None, as_of: int | None = None) -> int:
         """Number of cells, or of those for which ``where`` holds."""
         if where is None:
             return self.snapshot(as_of).cells
         return sum(len(table) for table in self.read(["unit"], where, as_of))
-
-
-def _order(pair: Pair) -> tuple[str, int]:
-    return pair.cells.source, pair.cells.first_row or 0

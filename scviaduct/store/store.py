@@ -121,15 +121,22 @@ class Store:
         Raises
         ------
         InputError
-            If the folder holds something else, or is not on a file system.
+            If the folder holds something else, cannot be made, or is not on a file system.
         """
         folder = _local(path)
         marker = folder / "store.json"
         if not marker.exists():
             # Another process may be making the same store, or have died doing so: what it left begins with a dot.
-            if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - set(folder.glob(".store.json.*"))):
+            strange = folder.exists() and (
+                not folder.is_dir() or any(not path.name.startswith(".store.json.") for path in folder.iterdir())
+            )
+            if strange and not marker.exists():  # the other one may have come to its end meanwhile
                 raise InputError(f"'{folder}' holds something that is not a store.", "Name an empty or a new folder.")
-            write_once(marker, {"format": FORMAT})
+            try:
+                write_once(marker, {"format": FORMAT})
+            except (NotADirectoryError, PermissionError) as error:
+                remedy = "Name a folder that can be made: --store STORE."
+                raise InputError(f"'{folder}' cannot be made ({error.strerror}).", remedy) from error
         return cls.open(folder)
 
     @classmethod
@@ -186,8 +193,18 @@ class Store:
         raise InputError(f"'{self.path}' has several spaces that fit: {names}.", "Name one: --reference NAME.")
 
     def create_space(self, reference: str, digest: str, n_latent: int, labels: Sequence[str]) -> Space:
-        """Open the space of a reference, and make it first if it is not there."""
-        path = self.path / "spaces" / f"{reference}-{digest[:12]}"
+        """Open the space of a reference, and make it first if it is not there.
+
+        Raises
+        ------
+        InputError
+            If the name is not that of one folder, or the folder is the space of another reference.
+        """
+        spaces, name = self.path / "spaces", f"{reference}-{digest[:12]}"
+        path = spaces / name
+        if path.parent != spaces or path.name != name or {"\0", "%"} & set(name):  # Delta Lake reads %2F as /
+            remedy = "Do not use a stranger's reference that is called so; add your own under another name."
+            raise InputError(f"A space cannot be called '{name}': that is not one folder in '{spaces}'.", remedy)
         return Space.create(
             path, {"reference": reference, "digest": digest, "n_latent": n_latent, "labels": list(labels)}
         )

@@ -61,6 +61,21 @@ def test_reference_list_show_and_verify(call, pbmc):
     assert json.loads(verified.stdout)["ok"] is True
 
 
+def test_a_broken_package_is_named_and_hides_no_other(call, pbmc):
+    import shutil
+
+    folder = pbmc.path.parent / "torn"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"format": 1}')
+    try:
+        done = call("reference", "list", "--json")
+    finally:
+        shutil.rmtree(folder)
+    assert done.exit_code == 0
+    assert "pbmc" in [item["name"] for item in json.loads(done.stdout)]
+    assert "Reference 'torn' cannot be used: " in done.stderr
+
+
 @pytest.mark.parametrize(
     ("spoilt", "verdict", "status"),
     [("fit", "fit", 0), ("normalised", "not fit", 1), ("empty", "cannot tell", 3)],

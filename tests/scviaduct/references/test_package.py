@@ -13,7 +13,8 @@ import pytest
 
 from scviaduct.errors import PackageError
 from scviaduct.references.building import build_package
-from scviaduct.references.package import Reference, file_digest, manifest_digest, read_manifest
+from scviaduct.references.manifest import file_digest, manifest_digest, read_manifest
+from scviaduct.references.package import Reference
 
 FILES = ["model.pt", "encoder.safetensors", "template.h5ad", "latents.parquet"]
 
@@ -130,6 +131,103 @@ def test_a_manifest_that_is_not_whole(copy, key):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(PackageError, match=rf"cannot be read \('{key}'\)"):
         Reference.load(copy)
+
+
+ABSENT = object()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n_latent", ABSENT),
+        ("n_latent", "4"),
+        ("n_latent", 0),
+        ("n_latent", True),
+        ("genes", ABSENT),
+        ("genes", ["G0"]),
+        ("genes", {"symbol": ["S0"]}),
+        ("genes", {"index": ["G0"], "symbol": []}),
+        ("labels", ABSENT),
+        ("labels", "B"),
+        ("labels", [1]),
+        ("batch_key", None),
+        ("encode_covariates", 0),
+        ("categorical_covariates", {"donor": "d1"}),
+    ],
+)
+def test_facts_that_are_not_whole(copy, key, value):
+    """Every digest holds: whoever made it said so."""
+    facts = {name: told for name, told in (read_manifest(copy)["facts"] | {key: value}).items() if told is not ABSENT}
+    rewrite(copy, facts=facts)
+    with pytest.raises(PackageError, match=rf"cannot be read: '{key}' of the facts is missing .*Add the reference"):
+        Reference.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("facts", []),
+        ("facts", None),
+        ("family", 1),
+        ("files", ["model.pt"]),
+        ("files", {"model.pt": "00"}),
+        ("files", {"model.pt": {"digest": "00"}}),
+        ("template_latent", []),
+        ("template_latent", [[0.5]]),
+        ("template_latent", [["a", "b", "c", "d"]]),
+        ("notes", "none"),
+        ("provenance", []),
+    ],
+)
+def test_entries_of_another_kind(copy, key, value):
+    rewrite(copy, **{key: value})
+    with pytest.raises(PackageError, match=rf"cannot be read: '{key}' is missing .*Add the reference again"):
+        Reference.load(copy)
+
+
+def test_a_fact_that_is_none(copy):
+    rewrite(copy, facts=read_manifest(copy)["facts"] | {"path": "/etc"})
+    with pytest.raises(PackageError, match=r"cannot be read: 'facts' is missing or not what it should be"):
+        Reference.load(copy)
+
+
+def test_brackets_in_brackets(copy):
+    (copy / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(PackageError, match=r"manifest.json cannot be read"):
+        Reference.load(copy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../x/evil",
+        "a/b",
+        "/abs",
+        "a\\b",
+        "a%2F..%2Fx",
+        "..",
+        ".",
+        ".x",
+        "",
+        "a\nb",
+        "a\0b",
+        "\ud800",
+        "a" * 201,
+        7,
+        None,
+    ],
+)
+def test_a_name_is_that_of_one_folder(copy, name):
+    """It becomes part of a folder's name in a store, and no digest covers it."""
+    rewrite(copy, name=name)
+    with pytest.raises(PackageError, match=r"has the name .*, which cannot be that of a folder\. .*at most 200 bytes"):
+        Reference.load(copy)
+
+
+@pytest.mark.parametrize("name", ["Lung v1.0 (mine)", "größe", "a" * 200, "-x", "a..b", "a#b?"])
+def test_names_of_any_folder(copy, name):
+    rewrite(copy, name=name)
+    assert Reference.load(copy).name == name
 
 
 def test_a_later_format(copy):

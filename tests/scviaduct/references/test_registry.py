@@ -77,12 +77,38 @@ def test_what_is_refused_leaves_nothing(registry, two, tmp_path):
 def test_replacing_mends_a_damaged_package(registry, two):
     added = registry.add(two[0].path, "one")
     (added.path / "manifest.json").write_text("{")
-    with pytest.raises(PackageError, match=r"cannot be read"):
+    with pytest.raises(PackageError, match=r"cannot be read .*It has the name 'one': --replace puts the new one there"):
         registry.add(two[0].path, "one")
     assert registry.add(two[0].path, "one", replace=True).verify().ok
 
 
-@pytest.mark.parametrize("name", ["", "UPPER", ".hidden", "-dash", "a/b", "../up", "a b", "ä", "x\n", "_x", "/abs"])
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_adding_again_mends_a_damaged_file(registry, two, damage):
+    added = registry.add(two[0].path, "one")
+    path = added.path / "encoder.safetensors"
+    path.write_bytes(b"x") if damage == "changed" else path.unlink()
+    assert not registry.get("one").verify().ok
+    assert registry.add(two[0].path, "one") == added
+    assert registry.get("one").verify().ok
+    assert [path.name for path in added.path.parent.iterdir()] == ["one"]
+
+
+def test_broken_packages_hide_no_others(registry, two):
+    assert registry.broken() == {}
+    for name in ("a", "b", "c", "d"):
+        registry.add(two[0].path, name)
+    (registry.get("a").path / "manifest.json").write_text('{"format":1}')
+    (registry.get("c").path / "manifest.json").unlink()
+    assert [reference.name for reference in registry.list()] == ["b", "d"]
+    broken = registry.broken()
+    assert list(broken) == ["a", "c"]
+    assert "cannot be read ('digest'). Add the reference again" in broken["a"]
+    assert "it has no manifest.json" in broken["c"]
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 101, "", "UPPER", ".hidden", "-dash", "a/b", "../up", "a b", "ä", "x\n", "_x", "/abs"]
+)
 def test_names(registry, two, name):
     with pytest.raises(PackageError, match=r"is not a name for a reference\. Lower-case letters, digits"):
         registry.add(two[0].path, name)

@@ -208,6 +208,21 @@ WRONG = {
     "epochs": ({"epochs": 0}, "--epochs 0", "At least 1."),
     "batch size": ({"batch_size": 1}, "--batch-size 1", "At least 2."),
     "workers": ({"loader_workers": -1}, "--loader-workers -1", "At least 0."),
+    "no latent": (
+        {"settings": {"n_latent": "0"}},
+        "--set n_latent=0 is too few",
+        "At least 1, e.g. --set n_latent=10.",
+    ),
+    "less than no latent": ({"settings": {"n_latent": "-3"}}, "--set n_latent=-3", "e.g. --set n_latent=10."),
+    "no layer": ({"settings": {"n_layers": "0"}}, "--set n_layers=0 is too few", "e.g. --set n_layers=1."),
+    "dropout": ({"settings": {"dropout_rate": "2"}}, "--set dropout_rate=2", "arguments of scvi.model.SCVI."),
+    "covariates": ({"settings": {"n_continuous_cov": "-900"}}, "--set n_continuous_cov=-900", None),
+    "no GPU": ({"device": "cuda"}, "--device cuda: PyTorch sees no GPU", "auto for a GPU if there is one."),
+    "no samples": (
+        {"family": "scanvi", "labels_key": "cell_type", "samples_per_label": 0},
+        "--samples-per-label 0 is too few",
+        "At least 1.",
+    ),
     "device": ({"device": "tpu9"}, "'tpu9'", "One of auto, cpu, cuda."),
     "samples of a scvi": (
         {"samples_per_label": 5},
@@ -222,6 +237,7 @@ WRONG = {
 def test_wrong_options(source, tmp_path, case, monkeypatch):
     told, names, remedy = WRONG[case]
     monkeypatch.setattr(scvi.model.SCVI, "train", lambda *_, **__: pytest.fail("was trained"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError) as caught:
         train(source, recipe(**told), tmp_path / "out")
     assert names in str(caught.value)
@@ -245,6 +261,13 @@ def test_the_folder_must_be_new_or_empty(source, tmp_path, make):
     make(tmp_path / "out")
     with pytest.raises(InputError, match=re.escape(f"'{tmp_path / 'out'}' is there and not empty. Name a new folder")):
         train(source, recipe(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", [".hidden", ".", "a" * 201])
+def test_a_folder_that_cannot_be_a_name(source, tmp_path, out, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"ends in no name for a package\. Name a folder"):
+        train(source, recipe(), out)
 
 
 def test_an_empty_folder_will_do(source, tmp_path):

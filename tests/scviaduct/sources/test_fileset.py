@@ -9,6 +9,7 @@ import pytest
 
 from scviaduct.errors import SourceChangedError, SourceError
 from scviaduct.sources import open_shard, open_source
+from scviaduct.store.schema import TYPES
 
 
 @pytest.fixture
@@ -92,3 +93,28 @@ def test_filters_apply_to_every_file(folder, make_adata):
     with open_source(f"{folder}/*.h5ad?filter=n >= 7") as source:
         assert source.scan(100).cells == 3
         assert "filter=n%20%3E%3D%207" in source.scan(100).shards[0].uri
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "counts"),
+    [
+        (([1, 2], [0.5, 1.5]), "double", {}),
+        (([0.5, 1.5], [1, 2], [1, 2]), "double", {}),
+        (([1, 2], [], [0.5, 1.5]), "double", {}),
+        (([1, 2], [1, 3]), "int64", {"1": 2, "2": 1, "3": 1}),
+        (([True, False], ["x", "y"]), "string", {"True": 1, "False": 1, "x": 1, "y": 1}),
+        (([True, False], [1, 2]), "string", {"True": 1, "False": 1, "1": 1, "2": 1}),
+        (([1, 2], [0.5, 1.5], ["x", "y"]), "string", {"1": 1, "2": 1, "x": 1, "y": 1}),
+    ],
+)
+def test_types_of_a_column_over_files(values, kind, counts, make_adata, tmp_path):
+    for i, held in enumerate(values):
+        column = np.array(held, dtype=object if "x" in held else None)
+        make_adata(len(held), obs={"n": column}).write_h5ad(tmp_path / f"{i}.h5ad")
+    with open_source(f"{tmp_path}/*.h5ad") as source:
+        scan = source.scan(100, ["n"])
+        assert scan.columns["n"].type == kind
+        assert scan.columns["n"].counts == counts
+        for shard in scan.shards:
+            read = source.read(shard, columns=["n"]).obs["n"].cast(TYPES[kind])
+            assert read.type == TYPES[kind]

@@ -11,7 +11,7 @@ import tiledbsoma
 from scipy import sparse
 
 from scviaduct.errors import FilterError, SourceChangedError, SourceError
-from scviaduct.sources import open_shard, open_source, somacounts
+from scviaduct.sources import open_shard, open_source, soma, somacounts
 
 
 @pytest.fixture(params=["soma_from_r", "old_soma_from_r"])
@@ -139,6 +139,36 @@ def test_obs_indexed_on_something_else_is_read_in_the_order_of_joinids(experimen
         read, keys = read_all(source)
     assert keys == names
     np.testing.assert_array_equal(read.toarray(), counts)
+
+
+@pytest.mark.parametrize("index", [("obs_id",), ("obs_id", "soma_joinid")])
+@pytest.mark.parametrize("query", ["", "?filter=obs_id != 'c7' or obs_id == 'c99'  # a comment"])
+@pytest.mark.parametrize("window", [1, 4, 100])
+def test_reading_a_shard_never_holds_obs_whole(experiment, counts, monkeypatch, as_csr, index, query, window):
+    monkeypatch.setattr(soma, "SORTED_ROWS", window)
+    names = [f"c{i}" for i in np.random.default_rng(1).permutation(30)]
+    url = experiment({"obs_id": names, "n": range(30)}, counts, index=index)
+    selected = [i for i, name in enumerate(names) if not query or name != "c7"]
+    held = []
+    windowed = soma.SomaSource._filtered
+
+    def noted(self, frame, chosen, columns, *args, **kwargs):
+        tables = list(windowed(self, frame, chosen, columns, *args, **kwargs))
+        if frame is self._obs and len(columns) > 1:
+            held.append(sum(len(table) for table in tables))
+        yield from tables
+
+    monkeypatch.setattr(soma.SomaSource, "_filtered", noted)
+    with open_source(f"soma:{url}{query}") as source:
+        shards = source.scan(6, ["n"]).shards
+        assert max(held) <= window
+        held.clear()
+        blocks = [source.read(shard, columns=["n"]) for shard in shards]
+        assert max(held) <= min(window, 6)
+    assert [row for block in blocks for row in block.rows] == selected
+    assert [n for block in blocks for n in block.obs["n"].to_pylist()] == selected
+    read = sparse.vstack([as_csr(block) for block in blocks])
+    assert (read.toarray() == counts[selected]).all()
 
 
 def test_slabs_of_rows_meet(experiment, monkeypatch, read_all):

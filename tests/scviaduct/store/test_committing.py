@@ -99,7 +99,22 @@ def test_the_same_commit_again_does_nothing(lab):
     for _ in range(3):
         assert lab.commit(*completions, before=lambda: calls.append(1)) == 1
         assert lab.space.is_visible(completions)
-    assert (calls, len(lab.space.versions())) == ([1], 1)
+    # each attempt leaves its record, whatever it found to do
+    assert (calls, len(lab.space.versions())) == ([1] * 3, 1)
+
+
+def test_a_commit_that_another_one_took_over_leaves_one_record(lab):
+    """The same units become visible between this one's record and its own commit."""
+    completion = lab.stage(range(3))
+    rival = Lab(lab.store, Space(lab.space.path))
+    calls = []
+
+    def interfere():
+        calls.append(1)
+        rival.commit(completion)
+
+    assert lab.commit(completion, before=interfere) == 1
+    assert calls == [1]
 
 
 def test_a_unit_of_the_same_cells_replaces_the_file(lab):

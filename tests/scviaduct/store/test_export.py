@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pytest
 
 from scviaduct.errors import FilterError, InputError, StoreError
 from scviaduct.store import export as export_module
+from scviaduct.store import reading as reading_module
 from scviaduct.store.export import FORMATS, export
 from tests.scviaduct.store.synthetic import KEPT, SOURCE
 
@@ -129,6 +132,50 @@ def test_rows_are_in_the_order_of_the_source(lab, tmp_path):
     assert list(adata.obs["dataset_id"]) == list("dedededd")
 
 
+def rows_of(path):
+    read = pq.read_table(path)
+    return list(zip(read["source"].to_pylist(), read["source_row"].to_pylist(), strict=True))
+
+
+@pytest.mark.parametrize("where", [None, "dataset_id != 'd2'", "source_row != 30 and not label = 'type 3'"])
+def test_parquet_has_the_order_of_the_source_too(lab, tmp_path, monkeypatch, where):
+    """Three datasets interleave over many units, some of which were cut; another source comes after them."""
+    monkeypatch.setattr(reading_module, "_BLOCK", 7)
+    rng = np.random.default_rng(0)
+    of = rng.integers(0, 3, 200)
+    units = []
+    for dataset in range(3):
+        rows = np.flatnonzero(of == dataset)
+        texts = [f"{dataset}-{row % 5}" for row in rows]
+        units += [
+            lab.stage(rows[at : at + 12], f"d{dataset}", kept={"text": "string"}, obs={"text": texts[at : at + 12]})
+            for at in range(0, len(rows), 12)
+        ]
+    later = "file:///data/second.h5ad"
+    lab.commit(*units, lab.stage(range(5), "e", source=later), kept={"text": "string"})
+    lab.put(np.flatnonzero(of == 1)[5:40:3], "d1", stamp=3)
+    read = pq.read_table(export(lab.space, "parquet", tmp_path / "out.parquet", where))
+    order = rows_of(tmp_path / "out.parquet")
+    assert order == sorted(order)
+    expected = {
+        (row["source"], row["source_row"]): row for table in lab.space.read(where=where) for row in table.to_pylist()
+    }
+    assert read.to_pylist() == [expected[key] for key in sorted(expected)]
+    assert len(read) == (205 if where is None else len(expected))
+    assert pq.ParquetFile(tmp_path / "out.parquet").metadata.num_row_groups > 5
+
+
+def test_interleaving_units_are_held_no_longer_than_needed(lab, monkeypatch):
+    """Two datasets take turns cell by cell; the rows of one unit at a time are handed on."""
+    monkeypatch.setattr(reading_module, "_BLOCK", 1)
+    rows = np.arange(400)
+    cuts = [rows[at % 2 + at // 2 * 40 : at // 2 * 40 + 40 : 2] for at in range(20)]
+    lab.commit(*(lab.stage(cut, f"d{cut[0] % 2}") for cut in cuts))
+    tables = list(lab.space.read_sorted())
+    assert [row for table in tables for row in table["source_row"].to_pylist()] == list(range(400))
+    assert max(map(len, tables)) <= 40
+
+
 def test_join_ids_are_kept_where_there_are_some(lab, tmp_path):
     lab.put([3, 4], uri="census:homo_sapiens", source="census:homo_sapiens")
     adata = READERS["h5ad"](export(lab.space, "h5ad", tmp_path / "a.h5ad"))
@@ -228,8 +275,10 @@ def test_an_export_that_fails_leaves_what_was_there(lab, tmp_path, monkeypatch, 
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(export_module, "_put", fail)
-    with pytest.raises(OSError, match=r"No such file|Failed to open|No space left"):
+    names = re.escape(f"{late.cells.path} cannot be read" if fault == "missing file" else f"'{out}' cannot be written")
+    with pytest.raises(StoreError if fault == "missing file" else InputError, match=names) as error:
         export(lab.space, to, out, overwrite=True)
+    assert error.value.remedy
     assert ids_of(out) == ["c0", "c1", "c2"]
     assert listed(out.parent) == {out.name}
 
@@ -244,11 +293,37 @@ def test_a_folder_that_cannot_be_replaced_comes_back(lab, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(out), "replace", fail)
-        with pytest.raises(OSError, match="Input/output"):
+        with pytest.raises(InputError, match="Input/output"):
             export(lab.space, "zarr", out, overwrite=True)
     assert type(out).replace is replace
     assert ids_of(out) == ["c0", "c1", "c2"]
     assert listed(out.parent) == {"out.zarr"}
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_parent_that_is_a_file(lab, tmp_path, to):
+    lab.put(range(3))
+    (tmp_path / "here").write_text("thesis")
+    out = tmp_path / "here" / f"out.{to}"
+    with pytest.raises(InputError, match=re.escape(f"'{out}' cannot be written")) as error:
+        export(lab.space, to, out)
+    assert "--out FILE" in error.value.remedy
+    assert (tmp_path / "here").read_text() == "thesis"
+
+
+@pytest.mark.parametrize("call", ["mkdir", "exists"])
+def test_a_parent_without_permission(lab, tmp_path, monkeypatch, call):
+    lab.put(range(3))
+    out = tmp_path / "here" / "out.h5ad"
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(out), call, refuse)
+        with pytest.raises(InputError, match=re.escape(f"'{out}' cannot be written") + ".*Permission denied"):
+            export(lab.space, "h5ad", out)
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from scviaduct.errors import StoreError
 from scviaduct.store import index as index_module
 from scviaduct.store import search as search_module
 from scviaduct.store.index import IVF_FROM, ensure_index, manifest_of
@@ -159,6 +161,96 @@ def test_a_newer_version_makes_it_stale(lab):
         lab.put([number], stamp=number)
     found_ids(lab)
     assert manifest_of(lab.space).version == 11  # of all that are there, by number and not by letter
+
+
+def test_old_indexes_are_removed(lab):
+    for number in range(4):
+        lab.put([number], stamp=number)
+    for version in (1, 2):
+        found_ids(lab, as_of=version)
+    opened = ensure_index(lab.space, 1)
+    assert folders(lab) == ["1", "2"]
+    found_ids(lab)
+    assert folders(lab) == ["2", "4"]
+    assert opened.rows["observation_id"].to_pylist() == ["c0"]  # whoever has it open keeps it
+    assert opened.vectors.shape == (1, 4)
+    assert found_ids(lab, as_of=1) == {"c0"}  # and it is built again when it is asked for
+    assert folders(lab) == ["1", "2", "4"]
+    found_ids(lab, as_of=3)
+    assert folders(lab) == ["3", "4"]
+
+
+@pytest.mark.parametrize("missing", ["manifest.json", "vectors.f32", "rows.arrow", "ivf.faiss"])
+def test_an_index_that_is_removed_while_it_is_opened(lab, monkeypatch, missing):
+    lab.put(range(50))
+    monkeypatch.setattr(index_module, "IVF_FROM", 1)
+    ensure_index(lab.space)
+    opening, times = index_module.Index.open, []
+
+    def remove_first(folder):
+        times.append(folder)
+        if len(times) == 1:
+            (folder / missing).unlink()
+            if missing != "manifest.json":
+                with pytest.raises(FileNotFoundError):
+                    opening(folder)
+            shutil.rmtree(folder)
+        return opening(folder)
+
+    monkeypatch.setattr(index_module.Index, "open", remove_first)
+    assert found_ids(lab) == {f"c{row}" for row in range(50)}
+    assert len(times) == 2
+    assert folders(lab) == ["1"]
+
+
+def test_an_index_without_one_of_its_files(lab):
+    lab.put(range(3))
+    found_ids(lab)
+    (lab.space.path / "index" / "1" / "rows.arrow").unlink()
+    with pytest.raises(StoreError, match=r"index of version 1 misses a file .*rows\.arrow.* Remove '.*/index/1'"):
+        found_ids(lab)
+
+
+def test_text_that_repeats_is_stored_once(lab, monkeypatch):
+    """Columns of any unit, with and without nulls; one whose values are too many stays plain."""
+    monkeypatch.setattr(index_module, "_VALUES", 10)
+    kept = {"few": "string", "many": "string", "none": "string"}
+    obs = {"few": ["a", None, "b"] * 10, "many": [f"m{i}" for i in range(30)], "none": [None] * 30}
+    other = {"few": ["c", "a", None], "many": ["m0", "m1", "x"], "none": [None] * 3}
+    lab.commit(
+        lab.stage(range(30), kept=kept, obs=obs, unmapped=[3]),
+        lab.stage(range(30, 33), "e", 1, kept=kept, obs=other),
+        kept=kept,
+    )
+    index = ensure_index(lab.space)
+    kinds = {field.name: str(field.type) for field in index.rows.schema}
+    coded = {name for name, kind in kinds.items() if kind.startswith("dictionary")}
+    assert coded == {"source", "dataset_id", "label", "reference", "unit", "run", "few", "none"}
+    stored = [row for table in lab.space.read() for row in table.to_pylist() if row["latent"] is not None]
+    assert index.rows.to_pylist() == [{k: v for k, v in row.items() if k != "latent"} for row in stored]
+    unit = stored[-1]["unit"]
+    for where, expected in {
+        "few = 'a'": 10,
+        "few is null": 11,
+        "many = 'm1'": 2,
+        "none is null": 32,
+        "dataset_id in ('e', 'x')": 3,
+        f"unit = '{unit}'": 3,
+        "run = 'run' and reference < 'q' and source > 'a' and not label = 'type 1'": 29,
+        "unit_row = 1 and source_row < 9": 1,
+    }.items():
+        assert len(found_ids(lab, where=where)) == expected == lab.space.count(f"({where}) and label is not null"), (
+            where
+        )
+    queries = Queries(["q"], ["0"], np.zeros((1, 4), np.float32))
+    assert not any(str(field.type).startswith("dict") for field in search(lab.space, queries, 5).table.schema)
+
+
+def test_the_rows_of_an_index_are_small(atlas):
+    lab, *_ = atlas
+    ensure_index(lab.space)
+    size = (lab.space.path / "index" / f"{lab.space.head()}" / "rows.arrow").stat().st_size
+    assert size / CELLS < 110
 
 
 def test_builders_at_once_share_one(lab):

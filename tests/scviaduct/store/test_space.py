@@ -95,6 +95,22 @@ def test_kept_columns_have_any_name(lab, name):
     assert all_of(lab.space, columns=[name, "a"]).to_pydict() == {name: ["x", None], "a": [1, 2]}
 
 
+def test_truths_of_a_text_column_read_alike_in_every_file(lab):
+    """A column that is bool in one file and text in another is text; so is a whole number."""
+    kept = {"text": "string"}
+    texts = pa.array(["True", "False", None]).dictionary_encode()
+    lab.commit(
+        lab.stage(range(3), kept=kept, obs={"text": [True, False, None]}),
+        lab.stage(range(3), dataset="e", kept=kept, obs={"text": texts}),
+        lab.stage(range(3), dataset="f", kept=kept, obs={"text": [1, 2, None]}),
+        kept=kept,
+    )
+    rows = all_of(lab.space).to_pylist()
+    found = {name: [row["text"] for row in rows if row["dataset_id"] == name] for name in "def"}
+    assert found == {"d": ["True", "False", None], "e": ["True", "False", None], "f": ["1", "2", None]}
+    assert lab.space.count("text = 'True'") == 2
+
+
 def test_staged_files_are_small(lab):
     rng = np.random.default_rng(0)
     latent = rng.normal(size=(5_000, DIMENSIONS))

@@ -68,6 +68,17 @@ def test_a_file_is_not_a_store(tmp_path):
     assert (tmp_path / "x").read_text() == "cells"
 
 
+def test_a_store_below_a_file(tmp_path):
+    (tmp_path / "x").write_text("cells")
+    for below in ("z", "y/z"):
+        with pytest.raises(InputError, match=r"x/.*' cannot be made \(Not a directory\)") as error:
+            Store.create(tmp_path / "x" / below)
+        assert "--store STORE" in error.value.remedy
+        with pytest.raises(InputError, match="is not a store"):
+            Store.open(tmp_path / "x" / below)
+    assert (tmp_path / "x").read_text() == "cells"
+
+
 @pytest.mark.parametrize("uri", ["s3://bucket/store", "gs://bucket/store", "https://host/store"])
 def test_object_storage_is_refused(uri):
     for way in (Store.open, Store.create):
@@ -80,6 +91,27 @@ def test_a_store_of_which_the_maker_was_killed(tmp_path):
     folder_with(tmp_path / "x")
     (tmp_path / "x" / ".store.json.0a1b2c3d").write_text("{")
     assert Store.create(tmp_path / "x").spaces() == []
+
+
+@pytest.mark.parametrize("moment", ["exists", "iterdir"])
+def test_a_store_that_another_one_makes_meanwhile(tmp_path, monkeypatch, moment):
+    """It comes to its end after this one looked for the marker, and before or while it looks at the rest."""
+    folder = folder_with(tmp_path / "x")
+    original, done = getattr(type(folder), moment), []
+
+    def look(path):
+        found = original(path)
+        if path.parent == folder or path == folder:
+            found = found if moment == "exists" else list(found)
+            if not done:
+                done.append(1)
+                (folder / "store.json").write_text('{"format": 1}')
+                (folder / "spaces").mkdir()
+        return found
+
+    monkeypatch.setattr(type(folder), moment, look)
+    assert Store.create(folder).spaces() == []
+    assert done
 
 
 def test_makers_at_once_share_one(tmp_path):
@@ -148,6 +180,26 @@ def test_the_only_space_need_not_be_named(lab, tmp_path):
 def test_a_space_remembers_its_reference(lab):
     again = lab.store.create_space("pbmc", DIGEST, 4, ("other",))
     assert (again.reference, again.digest, again.n_latent, again.labels) == ("pbmc", DIGEST, 4, ("type 0", "type 1"))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../x/evil", "../evil", "a/b", "/abs/evil", "./a", "a/../b", "x\0", "a%2F..%2F..%2Fevil", "%20"]
+)
+def test_a_space_lies_among_the_spaces(tmp_path, name):
+    store = Store.create(tmp_path / "deep" / "deeper" / "store")
+    with pytest.raises(InputError, match=r"(?s)A space cannot be called '.*': that is not one folder in") as error:
+        store.create_space(name, DIGEST, 4, ())
+    assert "under another name" in error.value.remedy
+    assert {path.name for path in tmp_path.rglob("*")} == {"deep", "deeper", "store", "store.json"}
+
+
+@pytest.mark.parametrize("name", ["Lung v1.0 (mine)", "größe", "a#b?c=d&e", "-x"])
+def test_a_space_of_any_folder_name(tmp_path, name):
+    lab = Lab.make(tmp_path / "store", name)
+    lab.put(range(3))
+    again = Lab(lab.store, lab.store.space(name))
+    assert again.stamps() == {("d", f"c{row}"): 0 for row in range(3)}
+    assert [path.name for path in (tmp_path / "store" / "spaces").iterdir()] == [f"{name}-{DIGEST[:12]}"]
 
 
 def test_a_name_that_another_reference_has_is_refused(lab):

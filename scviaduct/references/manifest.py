@@ -1,0 +1,134 @@
+"""The manifest of a package, which may be a stranger's: everything in it is checked before any of it is used."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scviaduct.errors import PackageError
+from scviaduct.values import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_AGAIN = "Add the reference again from where it came."
+_NAME_BYTES = 200
+_TEXTS = ("scvi_version", "batch_key", "labels_key", "unlabeled_category", "size_factor_key", "layer")
+_LISTS = ("batch_categories", "labels", "continuous_covariates")
+_FACTS = {*_TEXTS, *_LISTS, "genes", "categorical_covariates", "n_latent", "encode_covariates"}
+
+
+def is_name(name: Any) -> bool:
+    """Whether something names a package: as a single folder, which the name becomes part of in a store.
+
+    Printable characters, no slashes of either kind, no ``%`` (Delta Lake reads it as an escape, and ``%2F`` as
+    a slash), not beginning with a dot, at most 200 bytes long in UTF-8.
+    """
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and name.isprintable()
+        and not name.startswith(".")
+        and not {"/", "\\", "%"} & set(name)
+        and len(name.encode()) <= _NAME_BYTES
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a manifest and check that it is whole.
+
+    Raises
+    ------
+    PackageError
+        If it is missing, of another format, its own digest does not hold, or what it says cannot be.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise PackageError(f"'{folder}' is not a reference package: it has no {MANIFEST}.", "scviaduct reference add.")
+    try:
+        manifest: dict[str, Any] = dict(json.loads(path.read_text()))
+        version = manifest["format"]
+        if version != FORMAT:
+            raise PackageError(f"{path} has format {version}, this version reads {FORMAT}.", "Add the reference again.")
+        told, expected = str(manifest["digest"]), manifest_digest(manifest)
+        name, _ = manifest["name"], (manifest["notes"], manifest["provenance"])
+        outside = next((file for file in manifest["files"] if file in ("", "..") or Path(file).name != file), None)
+    # json descends by recursion, so that brackets in brackets end in a RecursionError.
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise PackageError(f"{path} cannot be read ({error}).", _AGAIN) from error
+    if not is_name(name):
+        raise PackageError(
+            f"{path} has the name {str(name)[:_NAME_BYTES]!r}, which cannot be that of a folder.",
+            "Do not use a stranger's package that says so. A name has no /, \\ or %, does not begin with a dot, and "
+            f"has at most {_NAME_BYTES} bytes: give your own package another one in its manifest, e.g. hlca-v2.",
+        )
+    if outside is not None:
+        raise PackageError(f"{path} names '{outside}', which is not in its folder.", "Do not use this package.")
+    if told != expected:
+        raise PackageError(
+            f"{path} has digest {expected[:12]}, and says {told[:12]}.",
+            "It was changed or damaged: add the reference again from where it came.",
+        )
+    wrong = _first_wrong(manifest)
+    if wrong is not None:
+        raise PackageError(f"{path} cannot be read: {wrong} is missing or not what it should be.", _AGAIN)
+    return manifest
+
+
+def _first_wrong(manifest: Mapping[str, Any]) -> str | None:
+    """The first entry that is missing or of another kind; None if all are what they should be."""
+    facts, files, latent = manifest["facts"], manifest["files"], manifest["template_latent"]
+    if not isinstance(facts, dict) or not facts.keys() <= _FACTS:
+        return "'facts'"
+    size = facts.get("n_latent")
+    genes: Any = facts.get("genes")
+    right = {
+        **{f"'{key}' of the facts": isinstance(facts.get(key), str) for key in _TEXTS},
+        **{f"'{key}' of the facts": _are_texts(facts.get(key)) for key in _LISTS},
+        "'n_latent' of the facts": type(size) is int and size > 0,
+        "'encode_covariates' of the facts": isinstance(facts.get("encode_covariates"), bool),
+        "'genes' of the facts": _are_columns(genes) and "index" in genes and len(set(map(len, genes.values()))) == 1,
+        "'categorical_covariates' of the facts": _are_columns(facts.get("categorical_covariates")),
+        "'family'": isinstance(manifest["family"], str),
+        "'files'": isinstance(files, dict) and all(_is_file(told) for told in files.values()),
+        "'template_latent'": isinstance(latent, list) and latent and all(_is_vector(row, size) for row in latent),
+        "'notes'": _are_texts(manifest["notes"]),
+        "'provenance'": isinstance(manifest["provenance"], dict),
+    }
+    return next((what for what, holds in right.items() if not holds), None)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _are_columns(value: Any) -> bool:
+    return isinstance(value, dict) and all(_are_texts(texts) for texts in value.values())
+
+
+def _is_file(told: Any) -> bool:
+    return isinstance(told, dict) and isinstance(told.get("digest"), str) and type(told.get("size")) is int
+
+
+def _is_vector(row: Any, size: Any) -> bool:
+    return isinstance(row, list) and len(row) == size and all(type(value) in (int, float) for value in row)
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of what decides how a package maps: its files, family and facts."""
+    return digest(
+        manifest["format"], manifest["family"], manifest["files"], manifest["facts"], manifest["template_latent"]
+    )
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's content."""
+    found = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()

@@ -1,0 +1,169 @@
+"""Reading a version: both tables side by side, a unit at a time, or row by row in the order of the source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scviaduct.errors import InputError, StoreError
+from scviaduct.store.schema import LATENT_COLUMNS, LATENTS, RESERVED
+from scviaduct.store.where import parse_where
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from scviaduct.store.committing import Pair
+
+_BLOCK = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a reader sees at one version: the newest ``cells`` commit and the ``latents`` version that it names.
+
+    Attributes
+    ----------
+    version
+        Of ``cells``; 0 for a space without a commit.
+    run
+        Run that made it.
+    timestamp
+        Milliseconds since 1970, UTC.
+    pairs
+        Name to the files of a unit, or of what is left of one.
+    latents_version
+        Version of ``latents`` that goes with it.
+    columns
+        Schema of ``cells``.
+    """
+
+    version: int
+    run: str
+    timestamp: int
+    pairs: Mapping[str, Pair]
+    latents_version: int
+    columns: pa.Schema
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return sum(pair.cells.rows for pair in self.pairs.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Columns that a reader sees, both tables joined."""
+        first = ["source", "dataset_id", "observation_id", "source_row", "soma_joinid"]
+        return (*first, *LATENT_COLUMNS, *self.kept, "unit", "unit_row", "run")
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Kept obs columns."""
+        return tuple(name for name in self.columns.names if name not in RESERVED)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of what a reader sees; kept text columns are dictionaries."""
+        kinds = {field.name: field.type for field in (*LATENTS, *self.columns)}
+        text = {name for name in (*self.kept, "label", "source", "dataset_id") if pa.types.is_string(kinds[name])}
+        coded = pa.dictionary(pa.int32(), pa.string())
+        return pa.schema([(name, coded if name in text else kinds[name]) for name in self.names])
+
+
+def read_units(
+    space: Path, snapshot: Snapshot, columns: Sequence[str] | None, where: str | None
+) -> Iterator[tuple[Pair, pa.Table]]:
+    """Read units with cells for which a condition holds, in the order of source and first row.
+
+    Parameters
+    ----------
+    space
+        Folder of the space.
+    snapshot
+        Version.
+    columns
+        Names of :attr:`Snapshot.names`; None for all.
+    where
+        Keeps the cells for which it holds.
+    """
+    names = list(columns or snapshot.names)
+    unknown = [name for name in names if name not in snapshot.names]
+    if unknown:
+        raise InputError(f"There is no column '{unknown[0]}'.", f"Columns: {', '.join(snapshot.names)}.")
+    condition = parse_where(where, snapshot.schema) if where else None
+    needed = list(dict.fromkeys([*names, *(condition.columns if condition else ())]))
+    for pair in sorted(snapshot.pairs.values(), key=_order):
+        table = _read_pair(space, snapshot, pair, needed)
+        if condition:
+            table = table.filter(condition.expression)
+        if len(table):
+            yield pair, table.select(names)
+
+
+def read_sorted(space: Path, snapshot: Snapshot, where: str | None) -> Iterator[pa.Table]:
+    """Read all columns, row by row in the order of the source: those of units that interleave are merged.
+
+    Memory is bounded by the units whose rows interleave at one place: one, unless datasets do.
+    """
+    held: list[pa.Table] = []
+    ready: list[pa.Table] = []
+    source = ""
+    for pair, table in read_units(space, snapshot, None, where):
+        at, first = _order(pair)
+        if at != source:
+            ready += _merged(held)
+            held, source = [], at
+        # No later unit of the source has a row before this one's first.
+        below = [int(np.searchsorted(part["source_row"].to_numpy(), first)) for part in held]
+        ready += _merged([part.slice(0, n) for part, n in zip(held, below, strict=True) if n])
+        held = [part.slice(n) for part, n in zip(held, below, strict=True) if n < len(part)]
+        held.append(table)
+        if sum(map(len, ready)) >= _BLOCK:
+            yield pa.concat_tables(ready).unify_dictionaries()
+            ready = []
+    ready += _merged(held)
+    if ready:
+        yield pa.concat_tables(ready).unify_dictionaries()
+
+
+def _merged(parts: Sequence[pa.Table]) -> list[pa.Table]:
+    """Rows of one source in their order; each part has them in order."""
+    if len(parts) < 2:
+        return list(parts)
+    rows = pa.concat_tables(parts).unify_dictionaries()
+    order = np.argsort(rows["source_row"].to_numpy(), kind="stable")
+    return [rows.take(pa.array(order))]
+
+
+def _order(pair: Pair) -> tuple[str, int]:
+    return pair.cells.source, pair.cells.first_row or 0
+
+
+def _read_pair(space: Path, snapshot: Snapshot, pair: Pair, names: Sequence[str]) -> pa.Table:
+    """Rows of a unit, with the columns of both tables side by side: both files hold the same rows in order."""
+    schema = snapshot.schema
+    of_latents = [name for name in names if name in LATENT_COLUMNS]
+    of_cells = [name for name in names if name not in LATENT_COLUMNS]
+    columns: dict[str, Any] = {}
+    for table, file, wanted in (("latents", pair.latents, of_latents), ("cells", pair.cells, of_cells)):
+        if wanted:
+            columns |= _read_file(space / table / file.path, wanted)
+    empty = {name: pa.nulls(pair.cells.rows, schema.field(name).type) for name in names if name not in columns}
+    kinds = pa.schema([schema.field(name) for name in names])
+    return pa.table({name: (columns | empty)[name] for name in names}).cast(kinds)
+
+
+def _read_file(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Columns of a file, of those names that it has."""
+    try:
+        with pq.ParquetFile(path) as parquet:
+            there = [name for name in names if name in parquet.schema_arrow.names]
+            read = parquet.read(columns=there)
+    except (OSError, pa.ArrowInvalid) as error:
+        remedy = "Bring the file back from a copy of the store, or map the source into a new one."
+        raise StoreError(f"{path} cannot be read ({error}).", remedy) from error
+    return {name: read[name] for name in there}
