@@ -147,9 +147,9 @@ class Dispatcher:
         self._outcome = Outcome()
         self._largest = 0
         self._failed_starts = 0
-        self._on_ready: Callable[[], None] = _nothing
+        self._on_ready: Callable[[Any], None] = _nothing
 
-    def run(self, units: Sequence[Unit], on_ready: Callable[[], None] | None = None) -> Outcome:
+    def run(self, units: Sequence[Unit], on_ready: Callable[[Any], None] | None = None) -> Outcome:
         """Map all units.
 
         Whatever ends the call, an interrupt included, ends the actors too; completed units keep their records, so the
@@ -160,7 +160,7 @@ class Dispatcher:
         units
             What to map.
         on_ready
-            Called when the first actor has loaded its reference.
+            Called when the first actor has loaded its reference, with what it says of itself.
 
         Raises
         ------
@@ -234,7 +234,7 @@ class Dispatcher:
 
     def _finish_start(self, slot: _Slot) -> None:
         try:
-            ray.get(slot.ready_ref)
+            described = ray.get(slot.ready_ref)
         except RayError as error:
             self._slots.remove(slot)
             self._failed_starts += 1
@@ -246,7 +246,7 @@ class Dispatcher:
             self._start()
         else:
             if not any(other.ready for other in self._slots):
-                self._on_ready()
+                self._on_ready(described)
                 self._on_ready = _nothing
             slot.ready = True
             self._failed_starts = 0
@@ -303,8 +303,8 @@ class Dispatcher:
         self._on_quarantine(quarantined)
 
 
-def _nothing() -> None:
-    """Call no one twice."""
+def _nothing(_: object) -> None:
+    """Tells nobody."""
 
 
 def _cause(error: Exception) -> str:

@@ -140,7 +140,13 @@ class Run:
             told = f"{_counted(limits.actors, 'mapping actor')} ({device} each), {_counted(limits.readers, 'reader')}"
             self._progress.say(told)
             dispatcher = Dispatcher(pool, limits, self._note_done, self._note_quarantine)
-            return dispatcher.run(units, on_ready=lambda: self._start_progress(units))
+
+            def ready(described: Mapping[str, object]) -> None:
+                if placement.actor_gpus and described["device"] == "cpu":
+                    self._progress.say("Ray gave the actors GPUs, and PyTorch sees none there: they map on CPUs")
+                self._start_progress(units)
+
+            return dispatcher.run(units, ready)
 
     def _note_done(self, unit: Unit, completion: Completion) -> None:
         self._done[unit.id] = completion
