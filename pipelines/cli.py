@@ -16,6 +16,21 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from pipelines import printing
+from pipelines.cli_reference import app as reference_app
+from pipelines.options import (
+    SOURCE_HELP,
+    Accept,
+    AsOf,
+    BatchKey,
+    Json,
+    Quiet,
+    Ref,
+    Source,
+    SpaceOf,
+    StorePath,
+    Where,
+    listed,
+)
 from scviaduct import __version__
 from scviaduct.errors import InputError, ScviaductError
 
@@ -58,35 +73,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-reference_app = typer.Typer(help="Pretrained models as verified packages.", no_args_is_help=True)
 app.add_typer(reference_app, name="reference")
-
-_SOURCE = """\
-Where cells come from (quote it; values are percent-encoded):\n
-- `census:2025-11-08?organism=homo_sapiens&filter=tissue_general == 'lung'` (`uri=` for a mirror)\n
-- `soma:PATH_OR_URL?measurement=RNA&layer=raw&filter=...`\n
-- `cells.h5ad`, `cells.zarr`, a folder or a glob of them, local or by URL
-"""
-Source = Annotated[str, Argument(metavar="SOURCE", help=_SOURCE)]
-StorePath = Annotated[str, Argument(metavar="STORE", help="Folder of the store.")]
-Ref = Annotated[str, Option("--reference", help="Registered name of the reference, or path of a package.")]
-RefArgument = Annotated[str, Argument(metavar="NAME", help="Registered name, or path of a package.")]
-SpaceOf = Annotated[
-    str | None, Option("--reference", help="Space of the store, by its reference; needed if the store has several.")
-]
-Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[bool, Option("--quiet", help="No progress and no notices.")]
-Where = Annotated[
-    str | None, Option(help="Keep cells for which this holds, e.g. \"tissue = 'lung' and probability >= 0.9\".")
-]
-AsOf = Annotated[int | None, Option(help="Read this version instead of the newest.")]
-BatchKey = Annotated[str | None, Option(help="obs column of the query that plays the reference's batch.")]
-Accept = Annotated[str | None, Option(help="Preflight findings to override, by name, comma-separated.")]
-
-
-def _list(text: str | None) -> tuple[str, ...]:
-    """Comma-separated values, without blanks."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 @app.command()
@@ -125,8 +112,8 @@ def train(
         samples_per_label=samples_per_label,
         batch_key=batch_key,
         layer=layer,
-        categorical_covariates=_list(categorical_covariates),
-        continuous_covariates=_list(continuous_covariates),
+        categorical_covariates=listed(categorical_covariates),
+        continuous_covariates=listed(continuous_covariates),
         size_factor_key=size_factor_key,
         genes=genes,
         epochs=epochs,
@@ -148,56 +135,6 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-@reference_app.command("add")
-def reference_add(
-    folder: Annotated[str, Argument(metavar="DIR", help="Package, trained scvi-tools folder, or hub layout.")],
-    name: Annotated[str, Option(help="Name to register it under.")],
-    replace: Annotated[bool, Option("--replace", help="Take the name from another reference.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Check a model, make a package of it and register it. Nothing is unpickled unchecked."""
-    from pipelines import reference
-
-    printing.reference(reference.add(folder, name=name, replace=replace), as_json=as_json)
-
-
-@reference_app.command("list")
-def reference_list(as_json: Json = False) -> None:
-    """List the registered references."""
-    from pipelines import reference
-
-    printing.references(reference.list(), as_json=as_json)
-    for name, reason in reference.broken().items():
-        typer.echo(f"Reference '{name}' cannot be used: {reason}", err=True)
-
-
-@reference_app.command("show")
-def reference_show(name: RefArgument, as_json: Json = False) -> None:
-    """Show what a reference is: family, genes, batches, labels, provenance."""
-    from pipelines import reference
-
-    printing.reference(reference.show(name), as_json=as_json)
-
-
-@reference_app.command("verify")
-def reference_verify(name: RefArgument, as_json: Json = False) -> None:
-    """Check every digest, load the model, and compare what it encodes with what it encoded when it was packaged."""
-    from pipelines import reference
-
-    report = reference.verify(name)
-    printing.verification(report, as_json=as_json)
-    raise typer.Exit(0 if report.ok else 1)
-
-
-@reference_app.command("remove")
-def reference_remove(name: Annotated[str, Argument(metavar="NAME", help="Registered name.")]) -> None:
-    """Unregister a reference and delete its package. Stores keep what it mapped."""
-    from pipelines import reference
-
-    reference.remove(name)
-    typer.echo(f"Removed '{name}'.")
-
-
 @app.command()
 def check(
     source: Source,
@@ -209,14 +146,14 @@ def check(
     """Check whether a query fits a reference. Exit status: 0 fit, 1 not fit, 3 cannot tell."""
     from pipelines.preflight import check as run
 
-    report = run(source, reference=reference, accept=_list(accept), batch_key=batch_key or "")
+    report = run(source, reference=reference, accept=listed(accept), batch_key=batch_key or "")
     printing.preflight(report, as_json=as_json)
     raise typer.Exit(report.exit_status)
 
 
 @app.command("map")
 def map_(
-    source: Annotated[str | None, Argument(metavar="SOURCE", help=_SOURCE)] = None,
+    source: Annotated[str | None, Argument(metavar="SOURCE", help=SOURCE_HELP)] = None,
     reference: Annotated[str | None, Option(help="Registered name of the reference, or path of a package.")] = None,
     store: Annotated[str | None, Option(help="Folder of the store; made if absent.")] = None,
     keep_obs: Annotated[str | None, Option(help="obs columns to keep, comma-separated.")] = None,
@@ -249,9 +186,9 @@ def map_(
         "source": source,
         "reference": reference,
         "store": store,
-        "keep_obs": _list(keep_obs) or None,
+        "keep_obs": listed(keep_obs) or None,
         "shard_cells": shard_cells,
-        "accept": _list(accept) or None,
+        "accept": listed(accept) or None,
         "batch_key": batch_key,
         "ambiguous_entropy": ambiguous_entropy,
         "neighbors": neighbors,
@@ -320,7 +257,7 @@ def search(
         reference=reference,
         package=package,
         batch_key=batch_key or "",
-        accept=_list(accept),
+        accept=listed(accept),
         as_of=as_of,
         quiet=quiet,
     )

@@ -1,0 +1,34 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+SOURCE_HELP = """\
+Where cells come from (quote it; values are percent-encoded):\n
+- `census:2025-11-08?organism=homo_sapiens&filter=tissue_general == 'lung'` (`uri=` for a mirror)\n
+- `soma:PATH_OR_URL?measurement=RNA&layer=raw&filter=...`\n
+- `cells.h5ad`, `cells.zarr`, a folder or a glob of them, local or by URL
+"""
+Source = Annotated[str, Argument(metavar="SOURCE", help=SOURCE_HELP)]
+StorePath = Annotated[str, Argument(metavar="STORE", help="Folder of the store.")]
+Ref = Annotated[str, Option("--reference", help="Registered name of the reference, or path of a package.")]
+RefArgument = Annotated[str, Argument(metavar="NAME", help="Registered name, or path of a package.")]
+SpaceOf = Annotated[
+    str | None, Option("--reference", help="Space of the store, by its reference; needed if the store has several.")
+]
+Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
+Quiet = Annotated[bool, Option("--quiet", help="No progress and no notices.")]
+Where = Annotated[
+    str | None, Option(help="Keep cells for which this holds, e.g. \"tissue = 'lung' and probability >= 0.9\".")
+]
+AsOf = Annotated[int | None, Option(help="Read this version instead of the newest.")]
+BatchKey = Annotated[str | None, Option(help="obs column of the query that plays the reference's batch.")]
+Accept = Annotated[str | None, Option(help="Preflight findings to override, by name, comma-separated.")]
+
+
+def listed(text: str | None) -> tuple[str, ...]:
+    """Comma-separated values, without blanks."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
