@@ -14,11 +14,12 @@ from scviaduct.mapping.reading import read_block
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from scviaduct.errors import DataError
     from scviaduct.mapping.genes import GeneMatch
     from scviaduct.references.package import Reference
     from scviaduct.values import CellBlock, ColumnSummary, FloatArray, Scan, Settings, Shard
 
-NAMES = ("cells", "genes", "gene-ids", "counts", "empty-cells", "batch", "covariates", "labels")
+NAMES = ("cells", "reading", "genes", "gene-ids", "counts", "empty-cells", "batch", "covariates", "labels")
 """What ``--accept`` takes."""
 
 STOP_BELOW = 0.5
@@ -79,6 +80,17 @@ def cells(scan: Scan) -> Finding:
         )
     shards = f"{len(scan.shards):,} shard{'s' * (len(scan.shards) != 1)}"
     return Finding("cells", "ok", f"{scan.cells:,} cells in {shards}{told}.", figures=figures)
+
+
+def reading(errors: Sequence[DataError], tried: int) -> Iterator[Finding]:
+    """Pieces of the sample that could not be read; their units will end in quarantine, the others will not."""
+    if not errors:
+        return
+    message = f"{len(errors)} of {tried} sampled shards cannot be read: {errors[0]}"
+    if len(errors) == tried:
+        yield Finding("reading", "stop", message, overridable=False)
+    else:
+        yield Finding("reading", "warn", message, "A run quarantines what it cannot read, and maps the rest.")
 
 
 def genes(matches: Mapping[str, GeneMatch], influence: FloatArray) -> Iterator[Finding]:
@@ -279,4 +291,16 @@ def labels(scan: Scan, reference: Reference) -> Finding:
     return Finding("labels", "ok", message, figures=figures)
 
 
-__all__ = ["NAMES", "Finding", "batch", "cells", "counts", "covariates", "genes", "labels", "match_of", "sample_block"]
+__all__ = [
+    "NAMES",
+    "Finding",
+    "batch",
+    "cells",
+    "counts",
+    "covariates",
+    "genes",
+    "labels",
+    "match_of",
+    "reading",
+    "sample_block",
+]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from scviaduct.errors import InputError, NotFitError
+from scviaduct.errors import DataError, InputError, NotFitError
 from scviaduct.mapping import checks
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scviaduct.mapping.checks import Finding
     from scviaduct.references.package import Reference
     from scviaduct.sources import Source
-    from scviaduct.values import FloatArray, Scan, Settings, Shard
+    from scviaduct.values import CellBlock, FloatArray, Scan, Settings, Shard
 
 SAMPLE_CELLS = 4096
 """Cells read for the sample, at most; spread over the files and along each."""
@@ -140,9 +140,16 @@ def check(
         Cells whose counts are looked at, at most.
     """
     matches = {shard.uri: checks.match_of(shard, reference) for shard in _one_per_file(scan.shards)}
-    blocks = [checks.sample_block(shard, reference, limit) for shard, limit in _sample(scan.shards, sample)]
+    blocks: list[CellBlock] = []
+    errors: list[DataError] = []
+    for shard, limit in _sample(scan.shards, sample):
+        try:
+            blocks.append(checks.sample_block(shard, reference, limit))
+        except DataError as error:
+            errors.append(error)
     findings: list[Finding] = [
         checks.cells(scan),
+        *checks.reading(errors, len(blocks) + len(errors)),
         *checks.genes(matches, influence),
         *checks.counts(blocks, reference),
         *checks.batch(scan, reference, settings),

@@ -474,12 +474,31 @@ def test_duplicates_are_counted(check, make_cells, scanvi):
     assert "duplicates=keep" in finding(report, "cells").remedy
 
 
+@pytest.mark.parametrize(("torn", "verdict", "level"), [({20}, "fit", "warn"), ({0, 20, 40}, "not fit", "stop")])
+def test_what_cannot_be_read_is_left_to_quarantine_unless_it_is_all(
+    torn, verdict, level, check, make_cells, scanvi, monkeypatch
+):
+    read = checks.read_block
+
+    def tear(shard, *rest):
+        if shard.start in torn:
+            raise DataError("Chunk 7 of X in cells.h5ad is damaged.", "Write the file again.")
+        return read(shard, *rest)
+
+    monkeypatch.setattr(checks, "read_block", tear)
+    report = check(make_cells(), scanvi, shard_cells=20)
+    found = finding(report, "reading")
+    assert (report.verdict, found.level) == (verdict, level)
+    assert found.message.startswith(f"{len(torn)} of 3 sampled shards cannot be read: Chunk 7 of X in cells.h5ad")
+    assert report.sampled == 60 - 20 * len(torn)
+
+
 def test_an_unknown_name_cannot_be_accepted(check, make_cells, scanvi):
     with pytest.raises(InputError) as error:
         check(make_cells(), scanvi).accept(["gene"])
     assert str(error.value) == (
-        "--accept gene: no check has that name. Checks: cells, genes, gene-ids, counts, empty-cells, batch, covariates,"
-        " labels."
+        "--accept gene: no check has that name. Checks: cells, reading, genes, gene-ids, counts, empty-cells, batch,"
+        " covariates, labels."
     )
 
 
