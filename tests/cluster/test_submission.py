@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.2"  # 127.0.0.1 is silently replaced by the machine's own address
-RUNTIME = '{"excludes": [".venv", ".git", "site", "demo", ".mypy_cache", ".ruff_cache", ".hypothesis"]}'
 
 
 def _free_ports(n: int) -> list[int]:
@@ -103,7 +102,7 @@ def submit(cluster):
 
     def run(name, *arguments):
         command = [*ray, "job", "submit", "--address", address, "--submission-id", name]
-        command += ["--working-dir", ROOT, "--runtime-env-json", RUNTIME, "--", "python", "-m", "pipelines", *arguments]
+        command += ["--working-dir", ROOT, "--", "python", "-m", "pipelines", *arguments]
         done = subprocess.run(
             [str(part) for part in command], env=env, capture_output=True, text=True, timeout=300, check=False
         )
