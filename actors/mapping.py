@@ -34,8 +34,8 @@ class MappingWorker:
 
     Notes
     -----
-    The process computes on one thread from then on: two threads on busy cores take encoding from 80,000 to 6,400 cells
-    per CPU-second.
+    The process computes on one thread from then on: threads wait for each other by spinning, and where cores are shared
+    two of them take several times as long as one.
     """
 
     def __init__(self, reference: str, settings: Settings, stager: Stager, device: str | None = None) -> None:

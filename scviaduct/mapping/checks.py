@@ -9,7 +9,6 @@ import numpy as np
 
 from scviaduct.mapping.mapper import query_batch_key, some
 from scviaduct.mapping.reading import gene_match as match_of
-from scviaduct.mapping.reading import read_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from scviaduct.errors import DataError
     from scviaduct.mapping.genes import GeneMatch
     from scviaduct.references.package import Reference
-    from scviaduct.values import CellBlock, ColumnSummary, FloatArray, Scan, Settings, Shard
+    from scviaduct.values import CellBlock, ColumnSummary, FloatArray, Scan, Settings
 
 NAMES = ("cells", "reading", "genes", "gene-ids", "counts", "empty-cells", "batch", "covariates", "labels")
 """What ``--accept`` takes."""
@@ -57,11 +56,6 @@ class Finding:
     remedy: str = ""
     overridable: bool = True
     figures: Mapping[str, float | int | str] = field(default_factory=dict)
-
-
-def sample_block(shard: Shard, reference: Reference, limit: int) -> CellBlock:
-    """A few cells of a shard in the reference's genes."""
-    return read_block(shard, reference, (), limit)
 
 
 def cells(scan: Scan) -> Finding:
@@ -302,5 +296,4 @@ __all__ = [
     "labels",
     "match_of",
     "reading",
-    "sample_block",
 ]

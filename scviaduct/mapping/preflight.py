@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from scviaduct.errors import DataError, InputError, NotFitError
 from scviaduct.mapping import checks
+from scviaduct.mapping.reading import read_block
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,7 +145,7 @@ def check(
     errors: list[DataError] = []
     for shard, limit in _sample(scan.shards, sample):
         try:
-            blocks.append(checks.sample_block(shard, reference, limit))
+            blocks.append(read_block(shard, reference, (), limit))
         except DataError as error:
             errors.append(error)
     findings: list[Finding] = [

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scviaduct.values import IntArray, LongArray
 
 BUFFER_BYTES = 16 << 20
-"""TileDB's buffer for each column; 8 to 64 MB read equally fast."""
+"""TileDB's buffer for each column; a Census's own default is 1 GiB."""
 TILE_ROWS = 2048
 """Rows of a tile of X (the extent that TileDB-SOMA gives by default); a slab that splits one decodes it twice."""
 SOMA_ERRORS = (tiledbsoma.SOMAError, RuntimeError, OSError)
@@ -40,7 +40,7 @@ def buffers() -> dict[str, int]:
 def read_counts(matrix: Any, rows: LongArray, gene_at: IntArray, target: GeneTarget, where: str) -> Iterator[Rows]:
     """Counts of some rows, a few rows of tiles at a time.
 
-    Read unordered and sorted while assembling: TileDB's own row-major order is about nine times slower. All genes are
+    Read unordered and sorted while assembling: TileDB's own row-major order is several times slower. All genes are
     read and selected afterwards, which is faster than passing their coordinates.
 
     Parameters

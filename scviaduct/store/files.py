@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def write_parquet(table: pa.Table, path: Path) -> int:
     """Write and flush a parquet file; its size in bytes.
 
-    zstd, BYTE_STREAM_SPLIT for floats and dictionaries for text: a million 30-dimensional latents take 103 MB.
+    zstd, BYTE_STREAM_SPLIT for floats and dictionaries for text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     floats = [_leaf(field) for field in table.schema if _is_float(field.type)]

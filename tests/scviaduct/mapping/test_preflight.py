@@ -478,14 +478,14 @@ def test_duplicates_are_counted(check, make_cells, scanvi):
 def test_what_cannot_be_read_is_left_to_quarantine_unless_it_is_all(
     torn, verdict, level, check, make_cells, scanvi, monkeypatch
 ):
-    read = checks.read_block
+    read = preflight.read_block
 
     def tear(shard, *rest):
         if shard.start in torn:
             raise DataError("Chunk 7 of X in cells.h5ad is damaged.", "Write the file again.")
         return read(shard, *rest)
 
-    monkeypatch.setattr(checks, "read_block", tear)
+    monkeypatch.setattr(preflight, "read_block", tear)
     report = check(make_cells(), scanvi, shard_cells=20)
     found = finding(report, "reading")
     assert (report.verdict, found.level) == (verdict, level)
