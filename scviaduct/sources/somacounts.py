@@ -14,7 +14,7 @@ import tiledbsoma
 from scipy import sparse
 
 from scviaduct.sources.counts import SLAB_BYTES, Rows
-from scviaduct.sources.unreadable import each
+from scviaduct.sources.unreadable import MEND, UnreadableError, each
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +64,7 @@ def read_counts(matrix: Any, rows: LongArray, gene_at: IntArray, target: GeneTar
     Raises
     ------
     UnreadableError
-        If TileDB-SOMA cannot read them.
+        If TileDB-SOMA cannot read them, or they count a gene beyond those of var.
     """
     columns = np.append(target.columns, np.int32(-1))[gene_at]
     first, tiles = 0, 1
@@ -90,7 +90,10 @@ def _slab(matrix: Any, rows: LongArray, columns: IntArray, n_genes: int, where: 
     for table in each(lambda: matrix.read(coords).tables(), f"{where}, rows {low} to {high},", SOMA_ERRORS):
         joinids = table["soma_dim_0"].to_numpy()
         row = np.searchsorted(rows, joinids).astype(np.int32) if position is None else position[joinids - low]
-        column = columns[table["soma_dim_1"].to_numpy()]
+        genes = table["soma_dim_1"].to_numpy()
+        if len(genes) and int(genes.max()) >= len(columns):
+            raise UnreadableError(f"{where} counts gene joinid {int(genes.max())}, beyond those of var.", MEND)
+        column = columns[genes]
         value = table["soma_data"].to_numpy().astype(np.float32, copy=False)
         kept = (row >= 0) & (column >= 0) & (value != 0)
         at_row.append(row[kept])

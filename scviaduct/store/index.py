@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from scviaduct.values import FloatArray
 
 IVF_FROM = 20_000
-"""Cells from which an IVF index is built; below, comparing with every cell takes less than a millisecond a query."""
+"""Cells from which an IVF index is built; below, comparing with every cell is quick."""
 _NEIGHBORS = 30
 _CODED = pa.dictionary(pa.int32(), pa.string())
 _SAMPLE = 256

@@ -12,13 +12,17 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import tiledbsoma
 import zarr
 from scipy import sparse
 
 from scviaduct.errors import DataError, SourceChangedError, SourceError
 from scviaduct.sources import close_shards, open_shard, open_source, unreadable
+from scviaduct.sources.counts import GeneTarget
 from scviaduct.sources.ondisk import SparseMatrix
+from scviaduct.sources.somacounts import read_counts
 
 
 @pytest.fixture(autouse=True)
@@ -278,3 +282,17 @@ def test_file_whose_digest_cannot_be_read(adata, tmp_path, monkeypatch):
     monkeypatch.setattr("scviaduct.sources.content.Place._digest", refuse)
     with pytest.raises(SourceError, match=rf"file://{tmp_path}/a.h5ad cannot be read \(PermissionError"):
         open_source(f"{tmp_path}/a.h5ad")
+
+
+def test_counts_of_a_gene_beyond_var_are_no_counts(tmp_path):
+    """An experiment whose X is wider than its var says: the gene is named, and nothing is read past the end."""
+    path = str(tmp_path / "x")
+    table = {"soma_dim_0": [0, 1], "soma_dim_1": [1, 4], "soma_data": np.ones(2, np.float32)}
+    with tiledbsoma.SparseNDArray.create(path, type=pa.float32(), shape=(2, 5)) as matrix:
+        matrix.write(pa.table(table))
+    target = GeneTarget(np.arange(3, dtype=np.int32), 3)
+    with tiledbsoma.SparseNDArray.open(path) as matrix:
+        (first,) = read_counts(matrix, np.array([0]), np.arange(3, dtype=np.int32), target, "X/raw of it")
+        assert first.data.tolist() == [1.0]
+        with pytest.raises(unreadable.UnreadableError, match="X/raw of it counts gene joinid 4, beyond those of var"):
+            list(read_counts(matrix, np.array([0, 1]), np.arange(3, dtype=np.int32), target, "X/raw of it"))
