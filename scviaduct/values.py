@@ -47,17 +47,28 @@ def digest(*parts: Any) -> str:
 class GeneTable:
     """The identifiers that one side (a source or a reference) has for its genes.
 
+    Genes stand for features of any modality: proteins and peaks have their identifiers here too.
+
     Attributes
     ----------
     columns
         Name of the identifier column (``"index"`` is ``var_names``, or the key column of SOMA's ``var``) to one string
         per gene, in matrix order. ``""`` stands for a missing identifier. The first entry is the preferred one.
+    modality
+        One per gene: ``rna``, ``protein`` or ``atac``; ``other`` for what no reference encodes, ``""`` where it is not
+        said. Empty if the table says it of none: all are then of the reference's first modality.
     """
 
     columns: MappingType[str, tuple[str, ...]]
+    modality: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the table names, in order."""
+        return tuple(dict.fromkeys(name for name in self.modality if name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where query cells come from, cut into shards: Census, SOMA, h5ad and zarr.
+"""Where query cells come from, cut into shards: Census, SOMA, h5ad, h5mu and zarr.
 
 :func:`open_source` opens a URI, :meth:`Source.scan` cuts it into shards, and any process reads a shard through
 :func:`open_shard`.

@@ -1,4 +1,4 @@
-"""h5ad and zarr files, local or behind an fsspec URL."""
+"""h5ad, h5mu and zarr files, local or behind an fsspec URL."""
 
 from __future__ import annotations
 
@@ -13,27 +13,23 @@ import zarr
 from zarr.storage import FsspecStore
 
 from scviaduct.errors import SourceChangedError, SourceError
+from scviaduct.sources.containers import open_container
 from scviaduct.sources.content import Content, Place, contents, nothing_at
 from scviaduct.sources.filters import parse_filter
-from scviaduct.sources.layers import choose_layer
 from scviaduct.sources.obs import PRIMARY, Cells, RowRule, normal, select
-from scviaduct.sources.ondisk import REWRITE, Frame
-from scviaduct.sources.source import BATCH_ROWS, MAX_VAR_COLUMNS, REPLAN, TableSource, without_genes
+from scviaduct.sources.source import BATCH_ROWS, REPLAN, TableSource
 from scviaduct.sources.unreadable import FILE_ERRORS, quarantined, reading, refused, told
 from scviaduct.sources.uri import Address, local_path, quoted_url
-from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy.typing as npt
-
     from scviaduct.sources.counts import GeneTarget, Rows
-    from scviaduct.values import LongArray, Shard
+    from scviaduct.values import GeneTable, LongArray, Shard
 
 
 class FileSource(TableSource):
-    """One AnnData file.
+    """One AnnData or MuData file.
 
     Parameters
     ----------
@@ -47,7 +43,7 @@ class FileSource(TableSource):
     Raises
     ------
     SourceError
-        If the file is missing, is not AnnData of a current encoding, or lacks the layer or a named column.
+        If the file is missing, is neither AnnData nor MuData of a known encoding, or lacks what the address names.
     SourceChangedError
         If the content is not that of the version in the address, or changes while it is opened.
     """
@@ -72,28 +68,22 @@ class FileSource(TableSource):
             on_error.pop_all()
 
     def _open(self, address: Address) -> None:
-        root = _open_root(self._place, self._handles)
+        root = open_root(self._place, self._handles)
         with reading(self.source):
-            if "obs" not in root:
-                raise SourceError(f"{self.source} is not an AnnData file: it has no obs.", REWRITE)
-            self._obs = Frame(root["obs"], f"obs of {self.source}")
-            layer = choose_layer(root, address.parameters.get("layer"), self.source)
-            cells, self.n_genes = len(self._obs), len(layer.var)
+            self._held = open_container(root, address.parameters, self.source)
+            self._obs, self._features = self._held.obs, self._held.features
             primary = PRIMARY in self._obs.columns and self._obs.is_bool(PRIMARY) and not address.keeps_duplicates
-        self._layer, self._why = layer.name, layer.why
-        self._matrix, self._var = layer.matrix, layer.var
-        if self._matrix.shape[0] != cells:
-            raise SourceError(
-                f"{layer.name} of {self.source} has {self._matrix.shape[0]} cells, its obs {cells}.", REWRITE
-            )
+        self._var, self.n_genes = self._features.parts[0].var, self._features.n_genes
         key = self._column(address, "key") or self._obs.index
         dataset = self._column(address, "dataset")
         self._rule = RowRule(key, dataset, "" if dataset else stem(address.location), primary, self.source)
         self._filter = parse_filter(address.parameters["filter"]) if "filter" in address.parameters else None
         if self._filter:
             self._filter.check((*self._obs.columns, self._obs.index), f"obs of {self.source}")
-        self.absent_genes = self._absent_genes(address.parameters.get("var_filter"))
-        pinned = address.pinned(layer=layer.name, key=key, version=self.version)
+        var_filter = address.parameters.get("var_filter")
+        chosen = None if var_filter is None else parse_filter(var_filter)
+        self.absent_genes = self._features.absent(chosen, f"var of {self.source}")
+        pinned = address.pinned(**self._held.pinned, key=key, version=self.version)
         self.uri, self.selection = str(pinned), pinned.selection
 
     def _column(self, address: Address, parameter: str) -> str:
@@ -105,28 +95,26 @@ class FileSource(TableSource):
             )
         return name
 
-    def _absent_genes(self, text: str | None) -> npt.NDArray[np.bool_] | None:
-        if text is None:
-            return None
-        where = f"var of {self.source}"
-        chosen = parse_filter(text)
-        chosen.check((*self._var.columns, self._var.index), where)
-        table = {name: normal(self._var.read(name, 0, self.n_genes), name, where) for name in chosen.columns}
-        return ~chosen.mask(pa.table(table))
-
     def describe(self) -> dict[str, str]:
         """See :meth:`~scviaduct.sources.source.Source.describe`."""
-        rows, genes = self._matrix.shape
-        return {
-            "kind": "zarr" if self._place.is_folder else "h5ad",
+        counted = "features" if len(self._features.parts) > 1 else "genes"
+        told = {
+            "kind": self._kind(),
             "place": self.source,
-            "size": f"{rows:,} rows x {genes:,} genes",
-            "layer": self._layer,
-            "why": self._why,
+            "size": f"{len(self._obs):,} rows x {self.n_genes:,} {counted}",
+            **self._features.described(),
+            "modalities": self._features.sizes(),
+            "not read": ", ".join(self._held.left_out),
             "key": self._rule.key,
             "dataset": f"obs column {self._rule.dataset}" if self._rule.dataset else self._rule.dataset_name,
             "duplicates": "left out (is_primary_data)" if self._rule.primary_only else "kept",
         }
+        return {name: value for name, value in told.items() if value or name not in ("modalities", "not read")}
+
+    def _kind(self) -> str:
+        if self._held.kind == "MuData":
+            return "zarr of MuData" if self._place.is_folder else "h5mu"
+        return "zarr" if self._place.is_folder else "h5ad"
 
     def obs_columns(self) -> tuple[str, ...]:
         """Names of the obs columns."""
@@ -137,16 +125,7 @@ class FileSource(TableSource):
         where = f"var of {self.source}"
         # Genes of the source are asked for before anything runs, those of a shard by who maps it.
         with quarantined(f"Genes of {self.source}") if shard else refused(), reading(where):
-            return self._genes(where)
-
-    def _genes(self, where: str) -> GeneTable:
-        names = [name for name in self._var.columns if self._var.is_text(name)][:MAX_VAR_COLUMNS]
-        held = {"index": self._var.index, **{name: name for name in names if name != "index"}}
-        columns = {}
-        for label, name in held.items():
-            values = normal(self._var.read(name, 0, self.n_genes), name, where)
-            columns[label] = without_genes(values.fill_null("").to_pylist(), self.absent_genes)
-        return GeneTable(columns)
+            return self._features.table(self.absent_genes)
 
     def cells(self, columns: tuple[str, ...], start: int = 0, stop: int | None = None) -> Iterator[Cells]:
         """See :meth:`~scviaduct.sources.source.TableSource.cells`."""
@@ -164,7 +143,7 @@ class FileSource(TableSource):
 
     def counts(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
         """See :meth:`~scviaduct.sources.source.TableSource.counts`."""
-        return self._matrix.read(rows, target)
+        return self._features.read(rows, target)
 
     def is_current(self) -> bool:
         """Whether size and time of the file are still those of when it was opened."""
@@ -177,12 +156,12 @@ class FileSource(TableSource):
 
 
 def stem(url: str) -> str:
-    """Name of a file without ``.h5ad`` or ``.zarr``; its ``dataset_id`` unless a column names it."""
+    """Name of a file without ``.h5ad``, ``.h5mu`` or ``.zarr``; its ``dataset_id`` unless a column names it."""
     name = PurePosixPath(url).name
-    return name.removesuffix(".h5ad").removesuffix(".zarr")
+    return name.removesuffix(".h5ad").removesuffix(".zarr").removesuffix(".h5mu")
 
 
-def _open_root(place: Place, handles: contextlib.ExitStack) -> Any:
+def open_root(place: Place, handles: contextlib.ExitStack) -> Any:
     """Root group of an h5ad or zarr file; what has to be closed goes to ``handles``."""
     local = local_path(place.url)
     try:
@@ -197,5 +176,5 @@ def _open_root(place: Place, handles: contextlib.ExitStack) -> Any:
     except FILE_ERRORS as error:
         raise SourceError(
             f"{quoted_url(place.url)} cannot be opened as HDF5 or zarr ({told(error)}).",
-            "Give a .h5ad file, a .zarr store or a folder.",
+            "Give a .h5ad or .h5mu file, a .zarr store or a folder.",
         ) from error

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from scviaduct.values import CellBlock, GeneTable, IntArray, Scan, Shard
 
 _SUFFIXES = (".h5ad", ".zarr")
+_MUDATA = ".h5mu"
 _ROOTS = ("zarr.json", ".zgroup")
 
 
 class FileSetSource(Source):
-    """The ``.h5ad`` and ``.zarr`` files of a folder or a glob, sorted by URL; one is open at a time.
+    """The files of a folder or a glob, sorted by URL; one is open at a time.
+
+    They are its ``.h5ad`` and ``.zarr``; only where there is none of these, its ``.h5mu``: a MuData file often lies
+    beside its modalities, whose cells would come twice.
 
     Parameters
     ----------
@@ -124,8 +128,11 @@ def open_files(address: Address) -> FileSource | FileSetSource:
             found = sorted(fs.glob(path)) if _has_magic(path) else []
         return FileSetSource(address, _places(found, fs, address.location))
     place = Place.of(address.location)
-    if not place.is_folder and not path.endswith(".h5ad"):
-        raise SourceError(f"{quoted_url(address.location)} is not a .h5ad file or a .zarr store.", _advice(path))
+    if not place.is_folder and not path.endswith((".h5ad", _MUDATA)):
+        raise SourceError(
+            f"{quoted_url(address.location)} is not a .h5ad file or a .zarr store.",
+            "Write it as one: adata.write_h5ad('cells.h5ad').",
+        )
     if not place.is_folder or any(fs.exists(f"{path}/{name}") for name in _ROOTS):
         return FileSource(address, place)
     with refused(), reading(quoted_url(address.location)):
@@ -139,19 +146,15 @@ def _has_magic(path: str) -> bool:
 
 
 def _places(paths: Sequence[str], fs: Any, where: str) -> list[Place]:
-    urls = [fs.unstrip_protocol(path.rstrip("/")) for path in paths if path.rstrip("/").endswith(_SUFFIXES)]
+    named = [path.rstrip("/") for path in paths]
+    taken = [path for path in named if path.endswith(_SUFFIXES)] or [path for path in named if path.endswith(_MUDATA)]
+    urls = [fs.unstrip_protocol(path) for path in taken]
     if not urls:
         raise NothingThereError(
             f"No .h5ad file or .zarr store at {quoted_url(where)}.",
             "Check the path; a '?' or '%' in it is written %3F or %25.",
         )
     return [Place.of(url) for url in sorted(urls)]
-
-
-def _advice(path: str) -> str:
-    if path.endswith(".h5mu"):
-        return "Write the modality to map on its own: mudata.read_h5mu(PATH).mod['rna'].write_h5ad('rna.h5ad')."
-    return "Write it as one: adata.write_h5ad('cells.h5ad')."
 
 
 def _refuse_same_stems(places: Sequence[Place]) -> None:

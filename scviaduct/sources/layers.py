@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scviaduct.errors import SourceError
-from scviaduct.sources.ondisk import DenseMatrix, Frame, SparseMatrix, encoding, open_matrix
+from scviaduct.sources.ondisk import DenseMatrix, Frame, SparseMatrix, encoding, kind_of, open_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +70,7 @@ def choose_layer(root: Any, wanted: str | None, where: str) -> Layer:
     ordered = sorted(there, key=lambda name: _rank(name, there))
     for name in ordered:
         # A CSC matrix is no candidate here: it could not be read anyway, and another one may do.
-        if encoding(_element(root, name)) in ("csr_matrix", "array") and _holds_counts(root, name, where):
+        if kind_of(_element(root, name)) in ("csr_matrix", "array") and _holds_counts(root, name, where):
             return _open(root, name, where, "its sampled values are non-negative integers")
     return _open(root, ordered[0], where, "no matrix holds counts")
 

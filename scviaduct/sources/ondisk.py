@@ -1,7 +1,8 @@
 """AnnData's on-disk elements, read by slice: data frames and matrices in h5py or zarr groups alike.
 
 The encodings are those of https://anndata.readthedocs.io/en/stable/fileformat-prose.html, data frames of version 0.2.0
-(anndata 0.8 and later). anndata itself reads whole elements; a stream needs slices.
+(anndata 0.8 and later) and of version 0.1.0 before it, which MuData of its first years holds. anndata itself reads
+whole elements; a stream needs slices.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ VALUE_BYTES = 40
 REWRITE = "Write it again with a current anndata: anndata.read_h5ad(PATH).write_h5ad(PATH)."
 _NULLABLE = ("nullable-integer", "nullable-boolean", "nullable-string-array")
 _COLUMNS = ("array", "string-array", "categorical", *_NULLABLE)
+_CATEGORIES = "__categories"
+"""Where a data frame of version 0.1.0 keeps the categories of its columns."""
 
 
 def encoding(element: Any) -> str:
@@ -36,11 +39,17 @@ def encoding(element: Any) -> str:
     return _text(element.attrs.get("encoding-type", ""))
 
 
+def kind_of(element: Any) -> str:
+    """``encoding-type`` of a matrix; a plain table of numbers without one, as anndata once wrote them, is an array."""
+    return encoding(element) or ("array" if len(getattr(element, "shape", ())) == 2 else "")
+
+
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _strings(dataset: Any, start: int, stop: int) -> list[str]:
+def strings(dataset: Any, start: int, stop: int) -> list[str]:
+    """Some of a dataset of texts."""
     values = dataset.asstr()[start:stop] if isinstance(dataset, h5py.Dataset) else dataset[start:stop]
     return list(values.tolist())
 
@@ -52,7 +61,8 @@ def _dtype(dataset: Any) -> np.dtype[Any]:
         raise ValueError(str(error)) from error
 
 
-def _is_string(dataset: Any) -> bool:
+def is_string(dataset: Any) -> bool:
+    """Whether a dataset holds texts."""
     return encoding(dataset) == "string-array" or _dtype(dataset).kind in "OTUS"
 
 
@@ -74,7 +84,7 @@ class Frame:
 
     def __init__(self, group: Any, where: str) -> None:
         version = _text(group.attrs.get("encoding-version", "none"))
-        if encoding(group) != "dataframe" or version != "0.2.0":
+        if encoding(group) != "dataframe" or version not in ("0.1.0", "0.2.0"):
             raise SourceError(
                 f"{where} is in an encoding of old ('{encoding(group) or 'no encoding-type'}', version {version}).",
                 REWRITE,
@@ -83,7 +93,15 @@ class Frame:
         self._where = where
         self.index = _text(group.attrs["_index"])
         self.columns = tuple(_text(name) for name in group.attrs["column-order"])
+        self._coded = (
+            frozenset(group[_CATEGORIES].keys()) if version == "0.1.0" and _CATEGORIES in group else frozenset()
+        )
+        self._plain_kind = "array" if version == "0.1.0" else ""
         self._categories: dict[str, pa.Array] = {}
+
+    def _kind(self, name: str) -> str:
+        """``encoding-type`` of a column; before version 0.2.0 columns have none."""
+        return encoding(self._group[name]) or self._plain_kind
 
     def __len__(self) -> int:
         index = self._group[self.index]
@@ -94,9 +112,11 @@ class Frame:
     def is_text(self, name: str) -> bool:
         """Whether a column holds strings or categories of strings."""
         element = self._group[name]
-        match encoding(element):
+        if name in self._coded:
+            return is_string(self._group[_CATEGORIES][name])
+        match self._kind(name):
             case "categorical":
-                return _is_string(element["categories"])
+                return is_string(element["categories"])
             case "string-array" | "nullable-string-array":
                 return True
             case "array":
@@ -105,9 +125,15 @@ class Frame:
 
     def is_bool(self, name: str) -> bool:
         """Whether a column holds booleans."""
-        element = self._group[name]
-        kind = encoding(element)
-        return kind == "nullable-boolean" or (kind == "array" and _dtype(element).kind == "b")
+        kind = self._kind(name)
+        plain = kind == "array" and name not in self._coded
+        return kind == "nullable-boolean" or (plain and _dtype(self._group[name]).kind == "b")
+
+    def is_number(self, name: str) -> bool:
+        """Whether a column holds integers or real numbers."""
+        kind = self._kind(name)
+        plain = kind == "array" and name not in self._coded
+        return kind == "nullable-integer" or (plain and _dtype(self._group[name]).kind in "iuf")
 
     def read(self, name: str, start: int, stop: int) -> pa.Array:
         """Rows ``[start, stop)`` of a column (or of the index), as Arrow; categories stay dictionary-encoded.
@@ -124,14 +150,14 @@ class Frame:
 
     def _read(self, name: str, start: int, stop: int) -> pa.Array:
         element = self._group[name]
-        match encoding(element):
+        if name in self._coded:
+            return self._decoded(name, element[start:stop], self._group[_CATEGORIES][name])
+        match self._kind(name):
             case "categorical":
-                codes = element["codes"][start:stop]
-                indices = pa.array(codes.astype(np.int32), mask=codes < 0)
-                return pa.DictionaryArray.from_arrays(indices, self._categories_of(name, element))
+                return self._decoded(name, element["codes"][start:stop], element["categories"])
             case "nullable-integer" | "nullable-boolean" | "nullable-string-array":
                 values, mask = element["values"], element["mask"][start:stop]
-                held = _strings(values, start, stop) if _is_string(values) else values[start:stop]
+                held = strings(values, start, stop) if is_string(values) else values[start:stop]
                 return pa.array(held, mask=mask)
             case "array" | "string-array":
                 return self._plain(element, start, stop)
@@ -140,18 +166,17 @@ class Frame:
             f"Columns are read from {', '.join(_COLUMNS)}. {REWRITE}",
         )
 
-    def _categories_of(self, name: str, element: Any) -> pa.Array:
+    def _decoded(self, name: str, codes: npt.NDArray[np.signedinteger], held: Any) -> pa.Array:
         if name not in self._categories:
-            held = element["categories"]
-            if encoding(held) in _NULLABLE:
-                held = held["values"]
-            self._categories[name] = self._plain(held, 0, held.shape[0])
-        return self._categories[name]
+            values = held["values"] if encoding(held) in _NULLABLE else held
+            self._categories[name] = self._plain(values, 0, values.shape[0])
+        indices = pa.array(codes.astype(np.int32), mask=codes < 0)
+        return pa.DictionaryArray.from_arrays(indices, self._categories[name])
 
     @staticmethod
     def _plain(dataset: Any, start: int, stop: int) -> pa.Array:
-        if _is_string(dataset):
-            return pa.array(_strings(dataset, start, stop), pa.string())
+        if is_string(dataset):
+            return pa.array(strings(dataset, start, stop), pa.string())
         values = dataset[start:stop]
         return pa.array(values.astype(np.float32) if values.dtype == np.float16 else values)
 
@@ -265,7 +290,7 @@ def open_matrix(element: Any, where: str) -> SparseMatrix | DenseMatrix:
     SourceError
         If it is stored by columns, or in an encoding of old.
     """
-    match encoding(element):
+    match kind_of(element):
         case "csr_matrix":
             return SparseMatrix(element, where)
         case "array":

@@ -29,7 +29,7 @@ def open_source(uri: str) -> Source:
     uri
         ``census:2025-11-08?organism=homo_sapiens&filter=tissue_general == 'lung'`` (with ``uri=`` a mirror or a local
         collection); ``soma:PATH_OR_URL?measurement=RNA&layer=raw``; or the path or fsspec URL of a ``.h5ad``, a
-        ``.zarr``, a folder or a glob of them. See :mod:`scviaduct.sources.uri` for the parameters.
+        ``.h5mu``, a ``.zarr``, a folder or a glob of them. See :mod:`scviaduct.sources.uri` for the parameters.
 
     Raises
     ------

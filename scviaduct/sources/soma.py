@@ -11,31 +11,33 @@ import pyarrow as pa
 import tiledbsoma
 
 from scviaduct.errors import FilterError, SourceChangedError, SourceError
+from scviaduct.sources.features import Features
 from scviaduct.sources.filters import EXAMPLE, ValueFilter, parse_filter
 from scviaduct.sources.fingerprint import fingerprint
-from scviaduct.sources.obs import PRIMARY, Cells, RowRule, normal, select, store_type
-from scviaduct.sources.somacounts import SOMA_ERRORS, buffers, read_counts
-from scviaduct.sources.source import BATCH_ROWS, MAX_VAR_COLUMNS, REPLAN, TableSource, without_genes
+from scviaduct.sources.modalities import canonical, chosen_layers, chosen_modalities, token
+from scviaduct.sources.obs import PRIMARY, Cells, RowRule, select
+from scviaduct.sources.somacounts import SOMA_ERRORS, buffers
+from scviaduct.sources.somavar import JOINID, chosen, open_measurement
+from scviaduct.sources.source import BATCH_ROWS, REPLAN, TableSource
 from scviaduct.sources.unreadable import NothingThereError, each, reading, refused, told
 from scviaduct.sources.uri import Address, local_path, quoted_url
-from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from scviaduct.sources.counts import GeneTarget, Rows
-    from scviaduct.values import LongArray, Shard
+    import numpy.typing as npt
 
-JOINID = "soma_joinid"
+    from scviaduct.sources.counts import GeneTarget, Rows
+    from scviaduct.values import GeneTable, LongArray, Shard
+
 SORTED_ROWS = 4 << 20
 """Rows of obs that are held and sorted at a time where obs is not indexed on its joinid alone."""
-_FEATURE_IDS = ("feature_id", "var_id", "gene_id")
 _CELL_IDS = ("observation_joinid", "obs_id")
 _LAYERS = ("raw", "counts")
 
 
 class SomaSource(TableSource):
-    """One measurement of a SOMA experiment.
+    """One measurement of a SOMA experiment, or several beside each other.
 
     Parameters
     ----------
@@ -78,27 +80,71 @@ class SomaSource(TableSource):
 
     def _open_arrays(self, experiment: Any, address: Address) -> Address:
         """Open obs, var and X; the address with the choices spelled out."""
-        there = tuple(experiment.ms.keys())
-        self._measurement = _choice("measurement", address, there, ("RNA",), self._where)
-        measurement = experiment.ms[self._measurement]
-        layers = tuple(measurement.X.keys()) if "X" in measurement else ()
-        self._layer = _choice("layer", address, layers, _LAYERS, f"measurement {self._measurement} of {self._where}")
-        self.source = self._namespace(self._measurement)
-        self._why = (
-            "asked for" if "layer" in address.parameters else "its name" if self._layer in _LAYERS else "the only one"
-        )
-        self._obs, self._var, self._x = experiment.obs, measurement.var, measurement.X[self._layer]
-        if not isinstance(self._x, tiledbsoma.SparseNDArray):
-            raise SourceError(f"Layer '{self._layer}' of {self.source} is dense.", "Name a sparse layer: layer=NAME.")
+        measurements = self._chosen_measurements(tuple(experiment.ms.keys()), address)
+        self._obs = experiment.obs
+        self.source = self._namespace(",".join(measurements))
+        layers = self._chosen_layers(experiment, measurements, address)
+        opened = [
+            open_measurement(experiment.ms[name], name, modality, *layers[name], self._namespace(name))
+            for name, modality in measurements.items()
+        ]
+        self._arrays = {name: experiment.ms[name] for name in measurements}
         columns = self.obs_columns()
         key = self._obs_column("key", address) or next((name for name in _CELL_IDS if name in columns), JOINID)
         dataset = self._obs_column("dataset", address) or ("dataset_id" if "dataset_id" in columns else "")
         primary = PRIMARY in columns and pa.types.is_boolean(self._obs.schema.field(PRIMARY).type)
         name = "" if dataset else address.location.rstrip("/").rpartition("/")[2]
         self._rule = RowRule(key, dataset, name, primary and not address.keeps_duplicates, self.source)
-        self._filter = self._value_filter(address, "filter", self._obs)
-        self._read_var(self._value_filter(address, "var_filter", self._var))
-        return address.pinned(measurement=self._measurement, layer=self._layer, key=key, dataset=dataset or None)
+        text = address.parameters.get("filter")
+        self._filter = None if text is None else parse_filter(text)
+        if self._filter:
+            self._filter.check(self._obs.schema.names, f"obs of {self.source}")
+        self.absent_genes = self._absent(address, [joinids for _, joinids in opened])
+        self._features = Features([part for part, _ in opened])
+        self.n_genes, self._genes = self._features.n_genes, self._features.table(self.absent_genes)
+        layer = ",".join(f"{name}:{held}" if len(layers) > 1 else held for name, (held, _) in layers.items())
+        spelled = (token(*item) if len(layers) > 1 else item[0] for item in measurements.items())
+        return address.pinned(measurement=",".join(spelled), layer=layer, key=key, dataset=dataset or None)
+
+    def _chosen_measurements(self, there: tuple[str, ...], address: Address) -> dict[str, str]:
+        """Names of the measurements to read, and the modality of each where its name tells."""
+        wanted = address.parameters.get("measurement")
+        if wanted is not None and wanted not in there and ("," in wanted or ":" in wanted):
+            return chosen_modalities(wanted, there, self._where, "measurement")
+        name = chosen("measurement", wanted, there, ("RNA",), self._where)
+        return {name: canonical(name)}
+
+    def _chosen_layers(
+        self, experiment: Any, measurements: dict[str, str], address: Address
+    ) -> dict[str, tuple[str, str]]:
+        """Layer of each measurement, and why."""
+        text = address.parameters.get("layer")
+        several = len(measurements) > 1
+        wanted = chosen_layers(text, measurements, self.source) if several else dict.fromkeys(measurements, text)
+        layers = {}
+        for name in measurements:
+            there = tuple(experiment.ms[name].X.keys()) if "X" in experiment.ms[name] else ()
+            asked = wanted.get(name)
+            layer = chosen("layer", asked, there, _LAYERS, f"measurement {name} of {self._where}")
+            layers[name] = layer, "asked for" if asked else "its name" if layer in _LAYERS else "the only one"
+        return layers
+
+    def _absent(self, address: Address, joinids: list[LongArray]) -> npt.NDArray[np.bool_] | None:
+        """Genes that ``var_filter`` leaves out, in the measurements that have its columns."""
+        text = address.parameters.get("var_filter")
+        if text is None:
+            return None
+        parsed = parse_filter(text)
+        frames = [measurement.var for measurement in self._arrays.values()]
+        able = [{*parsed.columns} <= {*frame.schema.names} for frame in frames]
+        if not any(able):
+            parsed.check(frames[0].schema.names, f"var of {self.source}")
+        masks = []
+        for frame, has_them, ids in zip(frames, able, joinids, strict=True):
+            tables = self._filtered(frame, parsed, [JOINID]) if has_them else ()
+            kept = np.concatenate([np.zeros(0, np.int64), *(table[JOINID].to_numpy() for table in tables)])
+            masks.append(~np.isin(ids, kept) if has_them else np.zeros(len(ids), np.bool_))
+        return np.concatenate(masks)
 
     def _obs_column(self, parameter: str, address: Address) -> str:
         name = address.parameters.get(parameter, "")
@@ -109,18 +155,13 @@ class SomaSource(TableSource):
             )
         return name
 
-    def _value_filter(self, address: Address, parameter: str, frame: Any) -> ValueFilter | None:
-        text = address.parameters.get(parameter)
-        if text is None:
-            return None
-        parsed = parse_filter(text)
-        parsed.check(frame.schema.names, f"{'obs' if parameter == 'filter' else 'var'} of {self.source}")
-        return parsed
-
     def _pin(self, address: Address) -> tuple[str, Address]:
         """Version, and the address that carries it."""
         planned = address.parameters.get("version")
-        arrays = {"obs": self._obs.uri, "var": self._var.uri, "X": self._x.uri}
+        arrays = {"obs": self._obs.uri}
+        for part in self._features.parts:
+            held, of = self._arrays[part.name], f"/{part.name}" if len(self._arrays) > 1 else ""
+            arrays |= {f"var{of}": held.var.uri, f"X{of}": held.X[part.layer].uri}
         try:
             version = fingerprint(arrays, int(self._obs.tiledb_timestamp_ms))
         except SourceError:
@@ -137,44 +178,18 @@ class SomaSource(TableSource):
             raise SourceChangedError(f"{self.source} was planned as version {planned} and is {version} now.", REPLAN)
         return version, address.pinned(version=version)
 
-    def _read_var(self, chosen: ValueFilter | None) -> None:
-        """Genes in the order of their joinids, and which of them the filter leaves out."""
-        schema = self._var.schema
-        texts = [name for name in schema.names if name != JOINID and store_type(schema.field(name).type) == "string"]
-        index = next((name for name in _FEATURE_IDS if name in texts), JOINID)
-        wanted = [JOINID, *texts[:MAX_VAR_COLUMNS]]
-        if index != JOINID and index not in wanted:
-            wanted.append(index)
-        table = self._var.read(column_names=wanted).concat().sort_by(JOINID)
-        joinids = table[JOINID].to_numpy()
-        self.n_genes = len(joinids)
-        self._gene_at = np.full(int(joinids.max(initial=-1)) + 1, -1, np.int32)
-        self._gene_at[joinids] = np.arange(self.n_genes, dtype=np.int32)
-        names = [index, *(name for name in wanted if name not in (JOINID, index, "index"))]
-        where = f"var of {self.source}"
-        columns = {name: normal(table[name], name, where).cast(pa.string()).fill_null("") for name in names}
-        self.absent_genes = None
-        if chosen is not None:
-            kept = self._filtered(self._var, chosen, [JOINID])
-            self.absent_genes = ~np.isin(
-                joinids, np.concatenate([np.zeros(0, np.int64), *(t[JOINID].to_numpy() for t in kept)])
-            )
-        self._genes = GeneTable(
-            {
-                "index" if name == index else name: without_genes(values.to_pylist(), self.absent_genes)
-                for name, values in columns.items()
-            }
-        )
-
     def describe(self) -> dict[str, str]:
         """See :meth:`~scviaduct.sources.source.Source.describe`."""
+        parts = self._features.parts
+        several = self._features.described() if len(parts) > 1 else {"layer": parts[0].layer, "why": parts[0].why}
+        counted = {"modalities": self._features.sizes()} if len(parts) > 1 else {}
         return {
             "kind": "soma",
             "place": self._where,
-            "size": f"{self._obs.count:,} cells x {self.n_genes:,} genes",
-            "measurement": self._measurement,
-            "layer": self._layer,
-            "why": self._why,
+            "size": f"{self._obs.count:,} cells x {self.n_genes:,} {'features' if counted else 'genes'}",
+            "measurement": ", ".join(part.name for part in parts),
+            **several,
+            **counted,
             "key": self._rule.key,
             "dataset": f"obs column {self._rule.dataset}" if self._rule.dataset else self._rule.dataset_name,
             "duplicates": "left out (is_primary_data)" if self._rule.primary_only else "kept",
@@ -245,7 +260,7 @@ class SomaSource(TableSource):
 
     def counts(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
         """See :meth:`~scviaduct.sources.source.TableSource.counts`."""
-        return read_counts(self._x, rows, self._gene_at, target, f"X/{self._layer} of {self.source}")
+        return self._features.read(rows, target)
 
     def close(self) -> None:
         """Close the experiment."""
@@ -261,20 +276,6 @@ def _opened(url: str, context: Any) -> Any:
             f"No SOMA object opens at {url} ({told(error)}).",
             "Check the path and the credentials; write soma:PATH or soma:s3://BUCKET/PATH.",
         ) from error
-
-
-def _choice(parameter: str, address: Address, there: Sequence[str], preferred: Sequence[str], where: str) -> str:
-    """What the user named, else what is preferred, else the only one."""
-    wanted = address.parameters.get(parameter)
-    for name in (wanted,) if wanted else preferred:
-        if name in there:
-            return name
-    if wanted is None and len(there) == 1:
-        return there[0]
-    problem = f"has no {parameter} '{wanted}'" if wanted else f"has no {parameter} {' or '.join(preferred)}"
-    raise SourceError(
-        f"{where} {problem}.", f"Name one: {parameter}={there[0] if there else 'NAME'} of {', '.join(there) or 'none'}."
-    )
 
 
 def _is_fingerprint(version: str) -> bool:

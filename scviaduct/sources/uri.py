@@ -38,12 +38,14 @@ PARAMETERS: dict[str, dict[str, str]] = {
     },
     "soma": {
         **_COMMON,
-        "measurement": "RNA or the only one by default",
+        "measurement": "RNA or the only one by default; several by commas, RNA,ATAC",
         "key": "obs column that names a cell within its dataset",
         "dataset": "obs column that names the dataset",
     },
     "file": {
         **_COMMON,
+        "modality": "of several, those to read: rna,protein; NAME:atac says what NAME is",
+        "proteins": "element of obsm that holds the counts of proteins",
         "key": "obs column that names a cell within its dataset; obs_names by default",
         "dataset": "obs column that names the dataset; the file's stem by default",
     },
@@ -115,7 +117,7 @@ def parse(uri: str) -> Address:
         If there is no location, a parameter is unknown, empty, given twice or not ``name=value``, or a URL carries
         credentials; they would end in messages and in the store.
     """
-    _refuse_secrets(uri)
+    refuse_secrets(uri)
     scheme, rest = "file", uri
     for prefix in ("census", "soma"):
         if uri.startswith(f"{prefix}:"):
@@ -163,7 +165,7 @@ def _parameters(head: str, scheme: str, query: str) -> dict[str, str]:
     return parameters
 
 
-def _refuse_secrets(uri: str) -> None:
+def refuse_secrets(uri: str) -> None:
     """Refuse passwords and tokens in any URL, however often it is quoted, without repeating them."""
     text, before = uri, ""
     while text != before:

@@ -85,7 +85,7 @@ def test_bad_parameters_are_refused_when_opening(query, error, message, make_ada
         open_source(f"{tmp_path}/a.h5ad?{query}")
 
 
-def test_what_is_not_anndata_is_refused(make_adata, tmp_path, shared_data):
+def test_what_is_not_anndata_is_refused(tmp_path):
     (tmp_path / "text.h5ad").write_text("no HDF5")
     (tmp_path / "table.csv").write_text("a,b")
     with h5py.File(tmp_path / "bare.h5ad", "w"):
@@ -98,8 +98,6 @@ def test_what_is_not_anndata_is_refused(make_adata, tmp_path, shared_data):
     }.items():
         with pytest.raises(SourceError, match=message):
             open_source(str(tmp_path / place))
-    with pytest.raises(SourceError, match=r"Write the modality to map on its own: .*h5mu.*write_h5ad"):
-        open_source(str(shared_data / "multiome_rna_atac_muon.h5mu"))
     with pytest.raises(SourceError, match="cannot be reached: Protocol not known: nope"):
         open_source("nope://a/b.h5ad")
 

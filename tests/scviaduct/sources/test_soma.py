@@ -286,6 +286,40 @@ def test_choices_and_their_errors(experiment, counts, census_collection):
             open_source(uri)
 
 
+def test_several_measurements_are_beside_each_other(experiment, counts, read_all):
+    url = experiment({}, counts, layers=("raw", "scaled"), measurements=("ATAC", "RNA", "spliced"))
+    with open_source(f"soma:{url}?measurement=RNA,ATAC") as source:
+        assert source.source == f"soma:file://{url}#ATAC,RNA", "in the order of the experiment"
+        assert source.selection == "key=soma_joinid&layer=ATAC:raw,RNA:raw&measurement=ATAC:atac,RNA:rna"
+        assert source.genes().modality == ("atac",) * 5 + ("rna",) * 5
+        assert source.genes().columns["index"] == tuple(f"g{i}" for i in range(5)) * 2
+        assert (source.describe()["measurement"], source.describe()["modalities"]) == ("ATAC, RNA", "5 atac, 5 rna")
+        np.testing.assert_array_equal(read_all(source)[0].toarray(), np.concatenate((counts, counts), axis=1))
+        (shard,) = source.scan(100).shards
+        mapped = source.read(shard, np.array([-1] * 5 + [1, 0, -1, -1, -1], np.int32), 2)
+        assert mapped.data.sum() == counts[:, :2].sum()
+        version = source.version
+    assert open_shard(shard).genes(shard).modalities == ("atac", "rna")
+    with open_source(f"soma:{url}?measurement=RNA") as source:
+        assert source.selection == "key=soma_joinid&layer=raw&measurement=RNA"
+        assert source.genes().modality == ("rna",) * 5
+        assert source.version != version, "it consists of fewer arrays"
+    with open_source(f"soma:{url}?measurement=spliced") as source:
+        assert source.genes().modality == ()
+    query = "measurement=RNA,spliced:protein&layer=spliced:scaled&var_filter=feature_id != 'g3'"
+    with open_source(f"soma:{url}?{query}") as source:
+        assert source.describe()["layer"] == "RNA:raw, spliced:scaled"
+        assert [i for i, name in enumerate(source.genes().columns["index"]) if not name] == [3, 8]
+        assert read_all(source)[0][:, [3, 8]].nnz == 0
+    for query, message in {
+        "measurement=RNA,nope": "measurement=nope: .* has no such measurement. There are: ATAC, RNA, spliced",
+        "measurement=RNA,spliced": r"measurement=spliced: .* Say what it is: measurement=NAME:rna",
+        "measurement=RNA,ATAC&layer=ATAC:nope": "measurement ATAC of .* has no layer 'nope'",
+    }.items():
+        with pytest.raises(SourceError, match=message):
+            open_source(f"soma:{url}?{query}")
+
+
 def test_store_that_cannot_be_listed_takes_the_users_version(experiment, counts, monkeypatch):
     url = experiment({}, counts)
 

@@ -245,7 +245,8 @@ def test_spoilt_experiment(soma_from_r, tmp_path, query):
     shutil.copytree(soma_from_r, tmp_path / "exp")
     with open_source(f"soma:{tmp_path}/exp{query}") as source:
         shard = source.scan(1000).shards[0]
-        x, obs = (Path(array.uri.removeprefix("file://")) for array in (source._x, source._obs))
+        counts = source._arrays["RNA"].X[source.describe()["layer"]]
+        x, obs = (Path(array.uri.removeprefix("file://")) for array in (counts, source._obs))
     for piece in x.rglob("__fragments/*/a0.tdb"):
         piece.write_bytes(b"\xff" * piece.stat().st_size)
     with pytest.raises(DataError, match=r"Rows .* of dataset 'exp' in soma:.*: X/.* of soma:file://.*, rows .* to "):
