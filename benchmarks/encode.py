@@ -70,7 +70,7 @@ def _compare(name: str, genes: int, hidden: int, layers: int, *, device: str) ->
     model.to_device(device)
     model.module.eval()
     with torch.inference_mode():
-        encoder = VaeEncoder(fold(model.module, genes, ()), device)
+        encoder = VaeEncoder({"latent": fold(model.module, genes, ())}, device)
     counts = cells.X
     parts = counts.indptr.astype(np.int64), counts.indices.astype(np.int32), counts.data
     latent, fast = _best(lambda: encoder.encode(*parts, Covariates()).mean)

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from pipelines import printing
 from pipelines.cli_reference import app as reference_app
+from pipelines.cli_train import train
 from pipelines.options import (
     SOURCE_HELP,
     Accept,
@@ -25,6 +26,7 @@ from pipelines.options import (
     Json,
     Quiet,
     Ref,
+    SampleKey,
     Source,
     SpaceOf,
     StorePath,
@@ -32,7 +34,7 @@ from pipelines.options import (
     listed,
 )
 from scviaduct import __version__
-from scviaduct.errors import InputError, ScviaductError
+from scviaduct.errors import ScviaductError
 
 MACHINE = 5
 """Exit status after an error of the system, such as a full disk."""
@@ -59,7 +61,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(MACHINE) from None
         except KeyboardInterrupt:
             kept = "What is complete is kept: run the same command to go on."
-            told = kept if ctx.invoked_subcommand == "map" else "Nothing is left half-written."
+            told = kept if ctx.invoked_subcommand in ("map", "train") else "Nothing is left half-written."
             typer.echo(f"scviaduct: interrupted. {told}", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
@@ -74,65 +76,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(reference_app, name="reference")
-
-
-@app.command()
-def train(
-    source: Source,
-    family: Annotated[str, Option(help="scvi or scanvi.")],
-    out: Annotated[str, Option(help="Folder of the package that is made.")],
-    labels_key: Annotated[str | None, Option(help="obs column of labels; scanvi needs it.")] = None,
-    unlabeled_category: Annotated[str, Option(help="Label that means none.")] = "unknown",
-    samples_per_label: Annotated[int | None, Option(help="Labelled cells per label and epoch (scanvi).")] = None,
-    batch_key: Annotated[str | None, Option(help="obs column of batches.")] = None,
-    layer: Annotated[str | None, Option(help="Where raw counts are: X, raw or a layer's name.")] = None,
-    categorical_covariates: Annotated[str | None, Option(help="obs columns, comma-separated.")] = None,
-    continuous_covariates: Annotated[str | None, Option(help="obs columns, comma-separated.")] = None,
-    size_factor_key: Annotated[str | None, Option(help="obs column of size factors.")] = None,
-    genes: Annotated[int, Option(help="Highly variable genes to train on; 0 for all.")] = 2000,
-    epochs: Annotated[int | None, Option(help="Epochs; scvi-tools chooses by the number of cells.")] = None,
-    scanvi_epochs: Annotated[int | None, Option(help="Epochs of the scANVI that starts from the scVI.")] = None,
-    batch_size: Annotated[int, Option(help="Cells of a mini-batch.")] = 128,
-    device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
-    loader_workers: Annotated[int, Option(help="Processes that load mini-batches.")] = 0,
-    seed: Annotated[int, Option(help="Seed of everything random.")] = 0,
-    settings: Annotated[list[str] | None, Option("--set", help="Model argument, e.g. n_latent=20; repeatable.")] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Train a reference on labelled or unlabelled cells. What it writes is a package: `reference add` registers it."""
-    from pipelines.training import train as run
-
-    pairs = dict(_pair(text) for text in settings or [])
-    made = run(
-        source,
-        family=family,
-        out=out,
-        labels_key=labels_key,
-        unlabeled_category=unlabeled_category,
-        samples_per_label=samples_per_label,
-        batch_key=batch_key,
-        layer=layer,
-        categorical_covariates=listed(categorical_covariates),
-        continuous_covariates=listed(continuous_covariates),
-        size_factor_key=size_factor_key,
-        genes=genes,
-        epochs=epochs,
-        scanvi_epochs=scanvi_epochs,
-        batch_size=batch_size,
-        device=device,
-        loader_workers=loader_workers,
-        seed=seed,
-        settings=pairs,
-        quiet=quiet,
-    )
-    typer.echo(f"Trained {made}. Register it: scviaduct reference add {made} --name NAME")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise InputError(f"--set {text}: there is no '='.", "Write NAME=VALUE, e.g. --set n_latent=20.")
-    return key, value
+app.command()(train)
 
 
 @app.command()
@@ -141,12 +85,15 @@ def check(
     reference: Ref,
     accept: Accept = None,
     batch_key: BatchKey = None,
+    sample_key: SampleKey = None,
     as_json: Json = False,
 ) -> None:
     """Check whether a query fits a reference. Exit status: 0 fit, 1 not fit, 3 cannot tell."""
     from pipelines.preflight import check as run
 
-    report = run(source, reference=reference, accept=listed(accept), batch_key=batch_key or "")
+    report = run(
+        source, reference=reference, accept=listed(accept), batch_key=batch_key or "", sample_key=sample_key or ""
+    )
     printing.preflight(report, as_json=as_json)
     raise typer.Exit(report.exit_status)
 
@@ -160,6 +107,7 @@ def map_(
     shard_cells: Annotated[int | None, Option(help="Cells of a shard. [default: 16384]")] = None,
     accept: Accept = None,
     batch_key: BatchKey = None,
+    sample_key: SampleKey = None,
     ambiguous_entropy: Annotated[
         float | None, Option(help="Entropy in nats above which a label is ambiguous. [default: 1.0]")
     ] = None,
@@ -190,6 +138,7 @@ def map_(
         "shard_cells": shard_cells,
         "accept": listed(accept) or None,
         "batch_key": batch_key,
+        "sample_key": sample_key,
         "ambiguous_entropy": ambiguous_entropy,
         "neighbors": neighbors,
         "engine": engine,
@@ -237,6 +186,7 @@ def search(
         str | None, Option(help="Path of the space's package, for --cells, where it is not registered.")
     ] = None,
     batch_key: BatchKey = None,
+    sample_key: SampleKey = None,
     accept: Accept = None,
     as_of: AsOf = None,
     as_json: Json = False,
@@ -257,6 +207,7 @@ def search(
         reference=reference,
         package=package,
         batch_key=batch_key or "",
+        sample_key=sample_key or "",
         accept=listed(accept),
         as_of=as_of,
         quiet=quiet,

@@ -8,20 +8,53 @@ import typer
 from typer import Argument, Option
 
 from pipelines import printing, reference
-from pipelines.options import Json, RefArgument
+from pipelines.options import Json, Quiet, RefArgument
 
 app = typer.Typer(help="Pretrained models as verified packages.", no_args_is_help=True)
 
 
 @app.command("add")
 def add_reference(
-    folder: Annotated[str, Argument(metavar="DIR", help="Package, trained scvi-tools folder, or hub layout.")],
+    source: Annotated[
+        str,
+        Argument(
+            metavar="SOURCE",
+            help="hf://OWNER/NAME@REVISION, s3://BUCKET/FOLDER/, https://HOST/MODEL.zip, or a folder: a package, what"
+            " scvi-tools saved, scvi-hub's layout.",
+        ),
+    ],
     name: Annotated[str, Option(help="Name to register it under.")],
     replace: Annotated[bool, Option("--replace", help="Take the name from another reference.")] = False,
+    no_data: Annotated[
+        bool, Option("--no-data", help="Fetch the model alone: it then has no latents of its own cells.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a model, check it, make a package of it and register it. Nothing is unpickled unchecked.
+
+    A branch or tag of the hub is resolved once, and the commit is recorded. What was fetched once is not fetched again,
+    and an interrupted download goes on. A token for private models is read from HF_TOKEN.
+    """
+    printing.reference(
+        reference.add(source, name=name, replace=replace, data=not no_data, quiet=quiet), as_json=as_json
+    )
+
+
+@app.command("search")
+def search_references(
+    text: Annotated[str, Argument(metavar="TEXT", help="Words that a model's name or tags have.")] = "",
+    family: Annotated[str | None, Option(help="Class of the model, e.g. scanvi.")] = None,
+    tissue: Annotated[str | None, Option(help="Tissue that its tags name, e.g. lung.")] = None,
+    collection: Annotated[
+        str | None, Option(help="Collection on the hub: its slug, or words of its title, e.g. census.")
+    ] = None,
+    limit: Annotated[int, Option(help="Most models to list.", min=1)] = 50,
     as_json: Json = False,
 ) -> None:
-    """Check a model, make a package of it and register it. Nothing is unpickled unchecked."""
-    printing.reference(reference.add(folder, name=name, replace=replace), as_json=as_json)
+    """Find models of scvi-tools on the Hugging Face hub."""
+    found = reference.search(text, family=family, tissue=tissue, collection=collection, limit=limit)
+    printing.found_references(found, as_json=as_json)
 
 
 @app.command("list")
@@ -33,9 +66,24 @@ def list_references(as_json: Json = False) -> None:
 
 
 @app.command("show")
-def show_reference(name: RefArgument, as_json: Json = False) -> None:
-    """Show what a reference is: family, genes, batches, labels, provenance."""
+def show_reference(
+    name: RefArgument,
+    card: Annotated[bool, Option("--card", help="Print its publisher's card instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a reference is: family, genes, batches, labels, provenance; or its model card."""
+    if card:
+        typer.echo(reference.card(name) or f"Reference '{name}' has no card.")
+        return
     printing.reference(reference.show(name), as_json=as_json)
+
+
+@app.command("export")
+def export_reference(
+    name: RefArgument, out: Annotated[str, Option(help="Folder to write: model.pt and a template of its data.")]
+) -> None:
+    """Write the model as scvi-tools saves it, for use there."""
+    typer.echo(f"Wrote {reference.export(name, out)}. In Python: scvi.model.{reference.show(name).family}.load(...)")
 
 
 @app.command("verify")

@@ -85,6 +85,7 @@ def map(  # noqa: A001 - the name of the command
     shard_cells: int = SHARD_CELLS,
     accept: Sequence[str] = (),
     batch_key: str = "",
+    sample_key: str = "",
     ambiguous_entropy: float = 1.0,
     neighbors: int = 15,
     engine: Literal["ray", "inline"] = "ray",
@@ -114,8 +115,8 @@ def map(  # noqa: A001 - the name of the command
         Cells of a shard, the unit of retry and resumption.
     accept
         Preflight findings to override, by name; recorded with the run.
-    batch_key
-        obs column of the query that plays the reference's batch, where it has another name there.
+    batch_key, sample_key
+        obs columns of the query that play the reference's batch and sample, where they have other names there.
     ambiguous_entropy
         Entropy in nats above which a label is flagged ``ambiguous``.
     neighbors
@@ -146,7 +147,9 @@ def map(  # noqa: A001 - the name of the command
         remedy = f"Give at least 1; the default is {SHARD_CELLS}."
         raise InputError(f"--shard-cells {shard_cells} holds no cell.", remedy)
     package = Registry().get(reference)
-    settings = Settings(batch_key=batch_key, ambiguous_entropy=ambiguous_entropy, neighbors=neighbors)
+    settings = Settings(
+        batch_key=batch_key, sample_key=sample_key, ambiguous_entropy=ambiguous_entropy, neighbors=neighbors
+    )
     if engine == "ray" and not dry_run:
         require_answer(address)  # before the minutes that scanning an atlas takes
     clock = _Clock()

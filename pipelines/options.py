@@ -9,8 +9,10 @@ from typer import Argument, Option
 SOURCE_HELP = """\
 Where cells come from (quote it; values are percent-encoded):\n
 - `census:2025-11-08?organism=homo_sapiens&filter=tissue_general == 'lung'` (`uri=` for a mirror)\n
-- `soma:PATH_OR_URL?measurement=RNA&layer=raw&filter=...`\n
-- `cells.h5ad`, `cells.zarr`, a folder or a glob of them, local or by URL
+- `soma:PATH_OR_URL?measurement=RNA&layer=raw&filter=...` (`measurement=RNA,ATAC` for several)\n
+- `cells.h5ad`, `cells.h5mu`, `cells.zarr`, a folder or a glob of them, local or by URL\n
+- `cells.h5mu?modality=rna,protein&layer=rna:counts,protein:raw` (all modalities of a usual name by default)\n
+- `cells.h5ad?proteins=protein_expression` (proteins in obsm), `peaks.h5ad?modality=atac` (what X is)
 """
 Source = Annotated[str, Argument(metavar="SOURCE", help=SOURCE_HELP)]
 StorePath = Annotated[str, Argument(metavar="STORE", help="Folder of the store.")]
@@ -26,6 +28,7 @@ Where = Annotated[
 ]
 AsOf = Annotated[int | None, Option(help="Read this version instead of the newest.")]
 BatchKey = Annotated[str | None, Option(help="obs column of the query that plays the reference's batch.")]
+SampleKey = Annotated[str | None, Option(help="obs column of the query that plays the reference's sample (mrvi).")]
 Accept = Annotated[str | None, Option(help="Preflight findings to override, by name, comma-separated.")]
 
 

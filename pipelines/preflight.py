@@ -22,6 +22,7 @@ def check(
     reference: str,
     accept: Sequence[str] = (),
     batch_key: str = "",
+    sample_key: str = "",
     sample: int = preflight.SAMPLE_CELLS,
 ) -> Report:
     """Check whether a query fits a reference.
@@ -38,6 +39,8 @@ def check(
         Findings to override, by name.
     batch_key
         obs column of the query that plays the reference's batch, where it has another name there.
+    sample_key
+        The same for the reference's sample (MRVI).
     sample
         Cells whose counts are looked at, at most.
 
@@ -52,7 +55,7 @@ def check(
         If the source or the reference cannot be opened.
     """
     package = Registry().get(reference)
-    settings = Settings(batch_key=batch_key)
+    settings = Settings(batch_key=batch_key, sample_key=sample_key)
     with open_source(source) as opened:
         scan = opened.scan(SHARD_CELLS, preflight.scan_columns(package, settings))
         influence = package.encoder().gene_influence()

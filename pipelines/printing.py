@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipelines.mapping import MapResult
     from pipelines.reporting import Status
     from scviaduct.mapping.preflight import Report
+    from scviaduct.references.fetching.searching import Found
     from scviaduct.references.package import Reference, Verification
 
 _SHOWN_HITS = 20
@@ -90,16 +91,21 @@ def reference_facts(found: Reference) -> dict[str, Any]:
         "family": found.family,
         "scvi_tools": found.scvi_version,
         "genes": len(found.genes),
+        "modalities": {name: found.genes.modality.count(name) for name in found.genes.modalities},
         "gene_identifiers": list(found.genes.columns),
         "latent_size": found.n_latent,
+        "latent_sizes": dict(found.latent_sizes),
         "encode_covariates": found.encode_covariates,
         "batch_key": found.batch_key,
         "batches": list(found.batch_categories),
+        "sample_key": found.sample_key,
+        "samples": list(found.sample_categories),
         "labels_key": found.labels_key,
         "labels": list(found.labels),
         "categorical_covariates": {key: list(values) for key, values in found.categorical_covariates.items()},
         "continuous_covariates": list(found.continuous_covariates),
         "latents": found.has_latents,
+        "repairs": list(found.repairs),
         "notes": list(found.notes),
         "provenance": dict(found.provenance),
         "path": str(found.path),
@@ -138,6 +144,25 @@ def references(found: Sequence[Reference], *, as_json: bool) -> None:
         (r.name, r.family, len(r.genes), r.n_latent, len(r.labels), r.encode_covariates, r.digest[:12]) for r in found
     ]
     table(("name", "family", "genes", "latent", "labels", "encodes covariates", "digest"), rows)
+
+
+def found_references(found: Sequence[Found], *, as_json: bool) -> None:
+    """Print models that a search of the hub found."""
+    if as_json:
+        dump([asdict(item) for item in found])
+        return
+    if not found:
+        typer.echo("No model on the hub is like that. Fewer words find more: scviaduct reference search")
+        return
+    columns = ("repository", "family", "tissues", "modalities", "labels", "scvi-tools", "licence", "downloads")
+    rows = []
+    for f in found:
+        tags = (f.family or None, ", ".join(f.tissues) or None, ", ".join(f.modalities) or None, f.annotated)
+        rows.append((f.repository, *tags, f.scvi_version or None, f.licence or None, f.downloads))
+    table(columns, rows)
+    if other := sorted({f.family for f in found if f.family and not f.mapped_here}):
+        typer.echo(f"Not mapped here: models of class {', '.join(other)}.")
+    typer.echo(f"Add one: scviaduct reference add hf://{found[0].repository} --name NAME")
 
 
 def verification(found: Verification, *, as_json: bool) -> None:

@@ -42,6 +42,7 @@ def search(
     reference: str | None = None,
     package: str | None = None,
     batch_key: str = "",
+    sample_key: str = "",
     accept: Sequence[str] = (),
     as_of: int | None = None,
     quiet: bool = False,
@@ -72,8 +73,8 @@ def search(
         Space of the store, by its reference; needed if the store has several.
     package
         Path of the space's reference package, to map ``cells`` where it is not registered under its name.
-    batch_key
-        obs column of ``cells`` that plays the reference's batch, where it has another name there.
+    batch_key, sample_key
+        obs columns of ``cells`` that play the reference's batch and sample, where they have other names there.
     accept
         Preflight findings to override, for ``cells``.
     as_of
@@ -105,7 +106,8 @@ def search(
     version = space.snapshot(as_of).version
     with reporter(quiet=quiet) as progress:
         if cells is not None:
-            queries = _map_queries(space, cells, package, Settings(batch_key=batch_key), accept)
+            settings = Settings(batch_key=batch_key, sample_key=sample_key)
+            queries = _map_queries(space, cells, package, settings, accept)
         else:
             quoted = (label or "").replace("'", "''")
             queries = stored_queries(space, stored if stored is not None else f"label = '{quoted}'", version)

@@ -247,8 +247,8 @@ class Settings:
         Kept obs column to its Arrow type in the store.
     ambiguous_entropy
         Entropy in nats above which a label is flagged ``ambiguous``.
-    batch_key
-        obs column of the query that plays the reference's batch; empty for the reference's own name.
+    batch_key, sample_key
+        obs columns of the query that play the reference's batch and sample; empty for the reference's own names.
     neighbors
         k of the label transfer by nearest neighbours, for references without a classifier.
     """
@@ -256,6 +256,7 @@ class Settings:
     keep_obs: MappingType[str, str] = field(default_factory=dict)
     ambiguous_entropy: float = 1.0
     batch_key: str = ""
+    sample_key: str = ""
     neighbors: int = 15
 
 

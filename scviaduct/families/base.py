@@ -1,9 +1,15 @@
-"""What a model family owes the rest: facts of a saved model, an encoder for it, and how it is trained."""
+"""What a model family owes the rest: facts of a saved model, an encoder for it, and how it is set up and trained.
+
+Cells are *flat* outside of a family: one AnnData whose ``var["modality"]`` says what each feature is, modality after
+modality in the order of the reference. What scvi-tools wants instead (a MuData, proteins in ``obsm``) is made of them,
+and read back, by the family alone: :meth:`Family.layout` and :meth:`Family.flatten`.
+"""
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -11,8 +17,12 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from scviaduct.references.archive import SavedModel
-    from scviaduct.values import FloatArray, IntArray, LongArray
+    from scviaduct.families.recipe import Recipe
+    from scviaduct.references.saved.archive import SavedModel
+    from scviaduct.values import FloatArray, GeneTable, IntArray, LongArray
+
+MODALITY = "modality"
+"""var column of flat cells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +37,14 @@ class Covariates:
         int64, shape ``(n_cells, n_categorical)``; positions in each covariate's categories.
     continuous
         float32, shape ``(n_cells, n_continuous)``.
+    sample
+        int64, shape ``(n_cells,)``; position in the reference's samples.
     """
 
     batch: LongArray | None = None
     categorical: LongArray | None = None
     continuous: FloatArray | None = None
+    sample: LongArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,82 +58,163 @@ class Encoded:
     location, variance
         float32, same shape; mean and variance of the normal posterior. The location is the mean unless the latent is
         logistic-normal, and is what a classifier reads.
+    others
+        Name of each further latent (:attr:`Encoder.latents`) to its mean, float32 of shape ``(n_cells, size)``.
     """
 
     mean: FloatArray
     location: FloatArray
     variance: FloatArray
+    others: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What a saved model is, read from what scvi-tools saved with it.
 
     Attributes
     ----------
     genes
-        ``var_names``, in the order of the first layer.
-    batch_key, labels_key
-        obs columns it was set up with; empty for none.
-    batch_categories, labels
-        As text. ``labels`` are those that a classifier gives, in its order; empty without one.
-    unlabeled_category
-        Label that means none; empty for none.
+        Features in the order of the first layer: genes, and behind them other modalities. The table's ``modality`` says
+        which is which.
     n_latent
         Size of the latent.
+    latent_sizes
+        Name of every latent that the model gives to its size; the first is the one that cells are placed by.
     encode_covariates
-        Whether the encoder reads batch and covariates, judged by the width of its first layer.
+        Whether the encoder reads batch, covariates or sample, judged by its weights; surgery can move a latent only
+        then.
+    scvi_version
+        Version of scvi-tools that saved it.
+    batch_key, sample_key, labels_key
+        obs columns it was set up with; empty for none.
+    batch_categories, sample_categories, labels
+        As text. ``labels`` are those that a classifier gives, in its order; empty without one.
+    known_labels
+        Values that the training cells had in ``labels_key``, whether or not a classifier gives them.
+    unlabeled_category
+        Label that means none; empty for none.
     categorical_covariates
         Column to categories.
     continuous_covariates
         Columns.
     size_factor_key, layer
         As set up; empty for none.
-    scvi_version
-        Version of scvi-tools that saved it.
+    batch_encoded
+        False for a model whose encoder reads other covariates, and never the batch (MRVI).
     """
 
-    genes: tuple[str, ...]
+    genes: GeneTable
     n_latent: int
     encode_covariates: bool
     scvi_version: str
+    latent_sizes: Mapping[str, int] = field(default_factory=dict)
     batch_key: str = ""
     batch_categories: tuple[str, ...] = ()
+    sample_key: str = ""
+    sample_categories: tuple[str, ...] = ()
     labels_key: str = ""
     labels: tuple[str, ...] = ()
+    known_labels: tuple[str, ...] = ()
     unlabeled_category: str = ""
     categorical_covariates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     continuous_covariates: tuple[str, ...] = ()
     size_factor_key: str = ""
     layer: str = ""
+    batch_encoded: bool = True
+
+    @property
+    def encoded_batch(self) -> str:
+        """obs column of the batch if the encoder reads it, else empty."""
+        return self.batch_key if self.encode_covariates and self.batch_encoded else ""
+
+    @property
+    def encoded_sample(self) -> str:
+        """obs column of the sample if the encoder reads it, else empty."""
+        return self.sample_key if self.encode_covariates else ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of every feature, as the model has it."""
+        return self.genes.columns["index"]
+
+    def span(self, modality: str) -> slice:
+        """Where the features of a modality lie."""
+        told = self.genes.modality
+        first = told.index(modality) if modality in told else 0
+        return slice(first, first + told.count(modality))
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a family needs of its training cells.
+
+    Attributes
+    ----------
+    modalities
+        Canonical names (``rna``, ``protein``, ``atac``), in the order of the model's features.
+    optional
+        Those of them that may be absent.
+    labels, sample, background
+        Whether it takes labels, a sample column, and a split of the cells into background and target.
+    size_factor
+        Whether it takes a size factor.
+    covariates
+        Whether it takes categorical and continuous covariates.
+    """
+
+    modalities: tuple[str, ...] = ("rna",)
+    optional: tuple[str, ...] = ()
+    labels: Literal["required", "kept"] = "kept"
+    sample: bool = False
+    background: bool = False
+    size_factor: bool = True
+    covariates: bool = True
 
 
 class Encoder(Protocol):
     """A loaded model that encodes blocks; deterministic, in evaluation mode."""
 
     n_latent: int
+    latents: tuple[str, ...]
+    """Names of the latents, the main one first."""
     labels: tuple[str, ...]
     """What :meth:`classify` gives, in its order; empty without a classifier."""
 
     def encode(self, indptr: LongArray, indices: IntArray, data: FloatArray, covariates: Covariates) -> Encoded:
-        """Encode counts given as CSR in the reference's genes."""
+        """Encode counts given as CSR in the reference's features."""
 
     def classify(self, location: FloatArray) -> FloatArray | None:
         """Probabilities of :attr:`labels`, shape ``(n_cells, n_labels)``, as scvi-tools' ``predict(soft=True)``."""
 
     def gene_influence(self) -> FloatArray:
-        """How much each gene moves the encoder: shape ``(n_genes,)``, L2 norm of its first-layer weights."""
+        """How much each feature moves the encoder: shape ``(n_features,)``, L2 norm of its first-layer weights."""
 
     def save(self, path: Path) -> None:
         """Write what encoding needs, without anything that runs: :meth:`Family.open` reads it."""
 
 
-class Family(Protocol):
-    """A model class of scvi-tools: one module each."""
+class Family(abc.ABC):
+    """A model class of scvi-tools: one module each, which ends in ``FAMILY = …``."""
 
-    name: str
+    name: ClassVar[str]
     """Name of the class, as scvi-tools saves it."""
+    about: ClassVar[str]
+    """What it is for, in a line."""
+    needs: ClassVar[Needs] = Needs()
+    surgery: ClassVar[str] = "scvi-tools"
+    """What can fit new batches: ``scvi-tools`` (``load_query_data``), or why not."""
+    monitor: ClassVar[str] = "elbo_validation"
+    """What early stopping watches."""
+    starts_from: ClassVar[str] = ""
+    """Family of the model that training starts from; empty for none."""
 
+    parts: ClassVar[tuple[str, str]] = ("", "")
+    """Parts of the module that the weights have, and those that they may have besides: the names before the first dot,
+    with blanks between. Another class is known by them before anything is made of its weights; empty to leave that to
+    the shapes."""
+
+    @abc.abstractmethod
     def facts(self, saved: SavedModel) -> Facts:
         """What a saved model is.
 
@@ -130,11 +224,79 @@ class Family(Protocol):
             If the weights are not this family's, or it was set up in a way that cannot be mapped.
         """
 
-    def load(self, saved: SavedModel, template: AnnData, device: str) -> Encoder:
-        """Instantiate a saved model through scvi-tools, from a template of its data."""
+    @abc.abstractmethod
+    def model_class(self) -> Any:
+        """The class of scvi-tools; imports it."""
 
+    @abc.abstractmethod
+    def fold(self, model: Any, facts: Facts, device: str) -> Encoder:
+        """Take what encodes out of a model of scvi-tools in evaluation mode."""
+
+    @abc.abstractmethod
     def open(self, path: Path, device: str) -> Encoder:
         """Read an encoder that :meth:`Encoder.save` wrote; needs no scvi-tools, whose import takes many seconds."""
 
+    @abc.abstractmethod
     def arguments(self) -> Mapping[str, Any]:
         """Model arguments that training takes, with their defaults."""
+
+    def load(self, saved: SavedModel, template: AnnData, device: str) -> Encoder:
+        """Instantiate a saved model through scvi-tools, from flat template cells, and fold it."""
+        return self.fold(self.instantiate(saved, template), self.facts(saved), device)
+
+    def instantiate(self, saved: SavedModel, template: AnnData) -> Any:
+        """The model of scvi-tools, in evaluation mode on the CPU, from checked parts and flat cells.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the weights do not fit the model that the registry describes.
+        """
+        from scviaduct.families.registered import own_categories
+        from scviaduct.families.vae import instantiate
+
+        cells = own_categories(saved.attr_dict["registry_"], template, self.facts(saved))
+        return instantiate(self.model_class(), saved, self.layout(saved, cells))
+
+    def layout(self, saved: SavedModel, cells: AnnData) -> Any:
+        """Flat cells as the data that the model was set up with: an AnnData, or a MuData."""
+        layer = saved.attr_dict["registry_"]["setup_args"].get("layer")
+        if layer:
+            cells.layers[layer] = cells.X.copy()
+        return cells
+
+    def flatten(self, saved: SavedModel, data: Any) -> AnnData | None:
+        """Cells in the layout that the model was set up with as flat ones; ``X`` holds the layer it was trained on.
+
+        None if they lack what the model was trained on.
+        """
+        layer = saved.attr_dict["registry_"]["setup_args"].get("layer")
+        if not layer:
+            return data
+        if layer not in data.layers:
+            return None
+        flat = data.copy()
+        flat.X = data.layers[layer]
+        return flat
+
+    def setup(self, cells: AnnData, recipe: Recipe) -> Any:
+        """Register flat training cells with scvi-tools; what comes back is the data to create the model with."""
+        model_class = self.model_class()
+        options: dict[str, Any] = {"batch_key": recipe.batch_key, "labels_key": recipe.labels_key}
+        if self.needs.covariates:
+            options["categorical_covariate_keys"] = list(recipe.categorical_covariates) or None
+            options["continuous_covariate_keys"] = list(recipe.continuous_covariates) or None
+        if self.needs.size_factor:
+            options["size_factor_key"] = recipe.size_factor_key
+        if self.needs.sample:
+            options["sample_key"] = recipe.sample_key
+        model_class.setup_anndata(cells, **options)
+        return cells
+
+    def create(self, data: Any, arguments: Mapping[str, Any], recipe: Recipe, start: Any = None) -> Any:  # noqa: ARG002
+        """An untrained model of the data that :meth:`setup` gave; ``start`` is a trained one of ``starts_from``."""
+        return self.model_class()(data, **arguments)
+
+    def training(self, data: Any, recipe: Recipe) -> dict[str, Any]:  # noqa: ARG002
+        """What this family's ``train`` is told besides epochs, batch size and device."""
+        return {}

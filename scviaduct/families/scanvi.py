@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, override
 
 from scviaduct.errors import UnsupportedModelError
-from scviaduct.families.network import Network
-from scviaduct.families.scvi import ScviFamily
-from scviaduct.families.vae import VaeEncoder, fold, instantiate, read_facts
+from scviaduct.families import scvi as base
+from scviaduct.families.base import Needs
+from scviaduct.families.registered import state_of, texts
+from scviaduct.families.vae import read_facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
-    from anndata import AnnData
-
-    from scviaduct.families.base import Encoder, Facts
-    from scviaduct.references.archive import SavedModel
+    from scviaduct.families.base import Facts
+    from scviaduct.families.recipe import Recipe
+    from scviaduct.references.saved.archive import SavedModel
 
 
-class ScanviFamily:
-    """The family of ``scvi.model.SCANVI``."""
+class ScanviFamily(base.ScviFamily):
+    """The family of ``scvi.model.SCANVI``; one of before 1.1 gives probabilities instead of logits, and is read so."""
 
     name = "SCANVI"
+    about = "The latent of SCVI, shaped by labels, and a classifier of them."
+    needs = Needs(labels="required")
+    starts_from = "SCVI"
+    parts = (
+        "z_encoder decoder classifier encoder_z2_z1 decoder_z1_z2",
+        f"{base.LIBRARY} _embeddings_dict y_prior labels_groups",
+    )
 
+    @override
     def facts(self, saved: SavedModel) -> Facts:
         """What a saved SCANVI is. Its labels are those of the classifier, without the unlabelled category.
 
@@ -34,30 +41,39 @@ class ScanviFamily:
             If the classifier gives another number of labels than the registry names.
         """
         facts = read_facts(saved, self.name)
-        fields = saved.attr_dict["registry_"]["field_registries"]
-        mapping = [str(label) for label in fields["labels"]["state_registry"]["categorical_mapping"]]
+        mapping = texts(state_of(saved.attr_dict["registry_"], "labels")["categorical_mapping"])
         labels = tuple(label for label in mapping if label != facts.unlabeled_category)
         biases = [key for key in saved.state_dict if key.startswith("classifier.") and key.endswith(".bias")]
         width = len(saved.state_dict[biases[-1]]) if biases else 0
         # scvi-tools puts the unlabelled category last, and names the classifier's outputs by position.
-        if width != len(labels) or tuple(mapping[:width]) != labels:
+        if width != len(labels) or mapping[:width] != labels:
             raise UnsupportedModelError(
                 f"The classifier gives {width} labels, the registry names {len(labels)} ({', '.join(mapping[:8])}).",
                 "Train it again with a current scvi-tools.",
             )
         return replace(facts, labels=labels)
 
-    def load(self, saved: SavedModel, template: AnnData, device: str) -> Encoder:
-        """Instantiate a saved SCANVI; one of before 1.1 gives probabilities instead of logits, and is read as such."""
+    @override
+    def model_class(self) -> Any:
         import scvi
 
-        model = instantiate(scvi.model.SCANVI, saved, template)
-        return VaeEncoder(fold(model.module, len(saved.var_names), self.facts(saved).labels), device)
+        return scvi.model.SCANVI
 
-    def open(self, path: Path, device: str) -> Encoder:
-        """Read an encoder that :meth:`~scviaduct.families.vae.VaeEncoder.save` wrote; needs no scvi-tools."""
-        return VaeEncoder(Network.load(path, device), device)
-
+    @override
     def arguments(self) -> Mapping[str, Any]:
-        """Model arguments that training takes, with their defaults: those of the SCVI that it starts from."""
-        return ScviFamily().arguments()
+        """Those of the SCVI that it starts from."""
+        return base.FAMILY.arguments()
+
+    @override
+    def create(self, data: Any, arguments: Mapping[str, Any], recipe: Recipe, start: Any = None) -> Any:
+        return self.model_class().from_scvi_model(start, unlabeled_category=recipe.unlabeled_category)
+
+    @override
+    def training(self, data: Any, recipe: Recipe) -> dict[str, Any]:
+        from scvi.train._callbacks import SubSampleLabels
+
+        # scvi-tools drops its own, which draws labelled cells anew each epoch, once it is given any callback.
+        return {"n_samples_per_label": recipe.samples_per_label, "callbacks": [SubSampleLabels()]}
+
+
+FAMILY = ScanviFamily()

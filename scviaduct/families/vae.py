@@ -7,80 +7,68 @@ import copy
 import logging
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
-from scviaduct.errors import UnsupportedModelError
+from scviaduct.errors import ScviaductError, UnsupportedModelError
 from scviaduct.families.base import Covariates, Encoded, Facts
-from scviaduct.families.network import fold_encoder, fold_layers, fold_linear
+from scviaduct.families.folding import fold_encoder, fold_layers, fold_linear
+from scviaduct.families.network import Bundle
+from scviaduct.families.registered import OTHERS_WEIGHTS, common_facts, registry_of, require_weights, texts
 from scviaduct.families.sparse import CELLS, GPU_CELLS, SparseEncoder
+from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from anndata import AnnData
-
     from scviaduct.families.network import Network
-    from scviaduct.references.archive import SavedModel
+    from scviaduct.references.saved.archive import SavedModel
     from scviaduct.values import FloatArray, IntArray, LongArray
 
 _FIRST_LAYER = "z_encoder.encoder.fc_layers.Layer 0.0.weight"
+_MEAN = "z_encoder.mean_encoder.weight"
 
 
-def read_facts(saved: SavedModel, name: str) -> Facts:
-    """Read what a model of the VAE family is from its registry and its weights.
+def read_facts(
+    saved: SavedModel, name: str, modality: str = "rna", *, first: str = _FIRST_LAYER, mean: str = _MEAN
+) -> Facts:
+    """Read what a model of one matrix is from its registry and its weights.
+
+    Parameters
+    ----------
+    saved
+        As it was read.
+    name
+        Of its class.
+    modality
+        What its features are.
+    first, mean
+        Names of the weights of the encoder's first layer and of the latent's mean.
 
     Raises
     ------
     UnsupportedModelError
         If the weights are of another class, or of other shapes than the registry says.
     """
-    registry = saved.attr_dict.get("registry_")
-    if not isinstance(registry, dict) or registry.get("model_name") != name:
-        told = registry.get("model_name") if isinstance(registry, dict) else None
-        raise UnsupportedModelError(f"The model says it is a {told}, not a {name}.", "Is it the right folder?")
-    if registry.get("setup_method_name", "setup_anndata") != "setup_anndata" or isinstance(saved.var_names, dict):
-        raise UnsupportedModelError(
-            f"The {name} was not set up from an AnnData.", "Train it from one: scviaduct train."
-        )
-    setup = registry.get("setup_args", {})
-    genes = tuple(str(gene) for gene in saved.var_names)
-    first, latent = saved.state_dict.get(_FIRST_LAYER), saved.state_dict.get("z_encoder.mean_encoder.weight")
-    if first is None or latent is None or first.shape[1] < len(genes):
-        raise UnsupportedModelError(
-            f"The weights are not those of a {name} of {len(genes)} genes: '{_FIRST_LAYER}' is"
-            f" {'missing' if first is None else tuple(first.shape)}.",
-            "The folder claims one class and holds another's weights; take the model from its publisher again.",
-        )
-    batch = _state(registry, "batch")
-    categorical, continuous = _state(registry, "extra_categorical_covs"), _state(registry, "extra_continuous_covs")
-    labels = _state(registry, "labels")
+    registry = registry_of(saved, name)
+    if isinstance(saved.var_names, dict):
+        raise UnsupportedModelError(f"The {name} was set up from several modalities.", "Train it from one AnnData.")
+    genes = texts(saved.var_names)
+    width = require_weights(saved, name, first, len(genes))
+    latent = saved.state_dict.get(mean)
+    if latent is None:
+        raise UnsupportedModelError(f"The weights are not those of a {name}: '{mean}' is missing.", OTHERS_WEIGHTS)
+    n_latent = int(latent.shape[0])
     return Facts(
-        genes=genes,
-        n_latent=int(latent.shape[0]),
-        encode_covariates=int(first.shape[1]) > len(genes),
-        scvi_version=str(registry.get("scvi_version", "")),
-        batch_key=setup.get("batch_key") or "",
-        batch_categories=_texts(batch.get("categorical_mapping", ())) if setup.get("batch_key") else (),
-        labels_key=setup.get("labels_key") or "",
-        unlabeled_category=str(labels.get("unlabeled_category") or ""),
-        categorical_covariates={key: _texts(categorical["mappings"][key]) for key in categorical.get("field_keys", ())},
-        continuous_covariates=_texts(continuous.get("columns", ())),
-        size_factor_key=setup.get("size_factor_key") or "",
-        layer=setup.get("layer") or "",
+        genes=GeneTable({"index": genes}, (modality,) * len(genes)),
+        n_latent=n_latent,
+        latent_sizes={"latent": n_latent},
+        encode_covariates=width > len(genes),
+        **common_facts(registry),
     )
-
-
-def _state(registry: dict[str, Any], field: str) -> dict[str, Any]:
-    found = registry.get("field_registries", {}).get(field, {}).get("state_registry", {})
-    return dict(found)
-
-
-def _texts(values: Any) -> tuple[str, ...]:
-    return tuple(str(value) for value in values)
 
 
 @contextlib.contextmanager
@@ -99,8 +87,17 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def instantiate(model_class: Any, saved: SavedModel, template: AnnData) -> Any:
+def instantiate(model_class: Any, saved: SavedModel, template: Any) -> Any:
     """Instantiate a model of scvi-tools from checked parts, as its ``load`` does without opening the file.
+
+    Parameters
+    ----------
+    model_class
+        Of scvi-tools.
+    saved
+        As it was read.
+    template
+        Cells in the layout that it was set up with.
 
     Raises
     ------
@@ -109,15 +106,23 @@ def instantiate(model_class: Any, saved: SavedModel, template: AnnData) -> Any:
     """
     from scvi.model.base._save_load import _initialize_model
 
+    from scviaduct.references.saved.weights import check_shapes
+
     registry = saved.attr_dict["registry_"]
     try:
         # Of what else was saved, scvi-tools would set any name on the model; only its module is used here.
         attributes = {"init_params_": copy.deepcopy(saved.attr_dict["init_params_"])}
         with quiet():
-            model_class.setup_anndata(template, source_registry=registry, **registry["setup_args"])
+            setup = getattr(model_class, registry.get("setup_method_name", "setup_anndata"))
+            setup(template, source_registry=registry, **registry["setup_args"])
+            with torch.device("meta"):  # takes no memory, whatever sizes the registry claims
+                trial = _initialize_model(model_class, template, registry, copy.deepcopy(attributes), None)
+            check_shapes(trial.module.state_dict(), saved)
             model = _initialize_model(model_class, template, registry, attributes, None)
             model.module.on_load(model, pyro_param_store=None)
             model.module.load_state_dict(saved.state_dict)
+    except ScviaductError:
+        raise
     # scvi-tools can fail in any way on a registry that it did not write.
     except Exception as error:
         told = next(iter(str(error).splitlines()), type(error).__name__).removesuffix(".")
@@ -155,42 +160,52 @@ def fold(module: Any, n_genes: int, labels: tuple[str, ...]) -> Network:
 
 
 class VaeEncoder:
-    """Encodes sparse counts with a network, and classifies if it has a classifier.
+    """Encodes sparse counts with networks, and classifies if the first has a classifier.
 
     Parameters
     ----------
-    network
-        Of a model of the VAE family.
+    networks
+        Name of each latent to the network that gives it, the main one first; each reads all features.
     device
         ``"cpu"`` or a CUDA device.
     """
 
-    def __init__(self, network: Network, device: str = "cpu") -> None:
-        self._network = network = network.to(device)
+    def __init__(self, networks: Mapping[str, Network], device: str = "cpu") -> None:
+        self._networks = {name: network.to(device) for name, network in networks.items()}
         self._device = device
-        self._encoder = SparseEncoder(network)
+        self._encoders = {name: SparseEncoder(network) for name, network in self._networks.items()}
         self._step = CELLS if device == "cpu" else GPU_CELLS
-        self.labels = network.labels
-        self.n_latent = len(network.mean.bias)
+        self.latents = tuple(networks)
+        self._network = self._networks[self.latents[0]]
+        self.labels = self._network.labels
+        self.n_latent = len(self._network.mean.bias)
+
+    @classmethod
+    def open(cls, path: Path, device: str) -> Self:
+        """Read what :meth:`save` wrote."""
+        return cls(Bundle.load(path, device).networks, device)
 
     def save(self, path: Path) -> None:
         """Write what encoding needs, for a process without scvi-tools."""
-        self._network.to("cpu").save(path)
+        Bundle({name: network.to("cpu") for name, network in self._networks.items()}).save(path)
 
     @torch.inference_mode()
     def encode(self, indptr: LongArray, indices: IntArray, data: FloatArray, covariates: Covariates) -> Encoded:
-        """Encode counts given as CSR in the reference's genes, some cells at a time.
+        """Encode counts given as CSR in the reference's features, some cells at a time.
 
         Parameters
         ----------
         indptr, indices, data
             int64 of shape ``(n_cells + 1,)``, int32 and float32 of shape ``(nnz,)``.
         covariates
-            As far as the encoder reads them.
+            What the encoder reads of the cells.
         """
         n_cells = len(indptr) - 1
         location = np.empty((n_cells, self.n_latent), np.float32)
         variance, mean = np.empty_like(location), np.empty_like(location)
+        others = {
+            name: np.empty((n_cells, len(self._networks[name].mean.bias)), np.float32) for name in self.latents[1:]
+        }
         for start in range(0, n_cells, self._step):
             stop = min(start + self._step, n_cells)
             low, high = int(indptr[start]), int(indptr[stop])
@@ -199,11 +214,15 @@ class VaeEncoder:
             codes = self._codes(covariates, start, stop)
             numbers = covariates.continuous
             continuous = None if numbers is None else self._tensor(numbers[start:stop])
-            loc, var = self._encoder(pointers, genes, counts, codes, continuous)
-            location[start:stop], variance[start:stop] = loc.cpu().numpy(), var.cpu().numpy()
-            transformed = torch.softmax(loc, dim=-1) if self._network.logistic_normal else loc
-            mean[start:stop] = transformed.cpu().numpy()
-        return Encoded(mean, location, variance)
+            for name, encoder in self._encoders.items():
+                loc, var = encoder(pointers, genes, counts, codes, continuous)
+                out = torch.softmax(loc, dim=-1) if self._networks[name].logistic_normal else loc
+                if name in others:
+                    others[name][start:stop] = out.cpu().numpy()
+                else:
+                    location[start:stop], variance[start:stop] = loc.cpu().numpy(), var.cpu().numpy()
+                    mean[start:stop] = out.cpu().numpy()
+        return Encoded(mean, location, variance, others)
 
     def _tensor(self, values: Any) -> torch.Tensor:
         # Blocks come out of the object store read-only; torch warns of sharing such memory, so it is copied: 2 MB.
@@ -232,7 +251,9 @@ class VaeEncoder:
         return found
 
     def gene_influence(self) -> FloatArray:
-        """L2 norm of each gene's first-layer weights, shape ``(n_genes,)``; batch normalisation is folded into them."""
-        weight = self._network.layers[0].weight[:, : self._network.n_genes]
-        found: FloatArray = weight.norm(dim=0).cpu().numpy()
+        """L2 norm of each feature's first-layer weights over all networks, shape ``(n_features,)``."""
+        squares = [
+            network.layers[0].weight[:, : network.n_genes].square().sum(dim=0) for network in self._networks.values()
+        ]
+        found: FloatArray = torch.stack(squares).sum(dim=0).sqrt().cpu().numpy()
         return found

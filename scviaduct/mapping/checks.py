@@ -2,60 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scviaduct.mapping.mapper import query_batch_key, some
+from scviaduct.mapping.finding import Finding
+from scviaduct.mapping.genechecks import genes
+from scviaduct.mapping.mapper import query_batch_key, query_sample_key, some
 from scviaduct.mapping.reading import gene_match as match_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from scviaduct.errors import DataError
-    from scviaduct.mapping.genes import GeneMatch
     from scviaduct.references.package import Reference
-    from scviaduct.values import CellBlock, ColumnSummary, FloatArray, Scan, Settings
+    from scviaduct.values import CellBlock, ColumnSummary, Scan, Settings
 
-NAMES = ("cells", "reading", "genes", "gene-ids", "counts", "empty-cells", "batch", "covariates", "labels")
+NAMES = ("cells", "reading", "genes", "gene-ids", "counts", "empty-cells", "batch", "sample", "covariates", "labels")
 """What ``--accept`` takes."""
 
-STOP_BELOW = 0.5
-"""A reference whose measured genes carry less than this share of the encoder's influence does not fit."""
-WARN_BELOW = 0.8
 EMPTY_STOP_ABOVE = 0.5
 """Share of sampled cells without a count in the reference's genes above which the query does not fit."""
 
-Level = Literal["ok", "warn", "stop", "unknown", "accepted"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One answer of preflight.
-
-    Attributes
-    ----------
-    name
-        Of the check; what ``--accept`` takes.
-    level
-        ``ok``, ``warn``, ``stop``, ``unknown`` (could not be decided) or ``accepted`` (a stop that the user overrode).
-    message
-        What was seen, with figures and an example.
-    remedy
-        What to do about it; empty if nothing needs doing.
-    overridable
-        False where mapping would be impossible.
-    figures
-        The numbers behind the message.
-    """
-
-    name: str
-    level: Level
-    message: str
-    remedy: str = ""
-    overridable: bool = True
-    figures: Mapping[str, float | int | str] = field(default_factory=dict)
+_FLAG = {"batch": "--batch-key", "sample": "--sample-key"}
 
 
 def cells(scan: Scan) -> Finding:
@@ -85,39 +54,6 @@ def reading(errors: Sequence[DataError], tried: int) -> Iterator[Finding]:
         yield Finding("reading", "stop", message, overridable=False)
     else:
         yield Finding("reading", "warn", message, "A run quarantines what it cannot read, and maps the rest.")
-
-
-def genes(matches: Mapping[str, GeneMatch], influence: FloatArray) -> Iterator[Finding]:
-    """Are the reference's genes there, and how were they found? Judged by the file that has fewest."""
-    if not matches:
-        return
-    uri, worst = min(matches.items(), key=lambda item: item[1].weighted_share(influence))
-    weighted = worst.weighted_share(influence)
-    found, total = int(worst.present.sum()), len(worst.present)
-    where = f" in {uri}" if len(matches) > 1 else ""
-    message = f"{found:,} of {total:,} reference genes ({worst.share:.1%}; {weighted:.1%} by influence){where}."
-    figures = {"found": found, "genes": total, "share": worst.share, "weighted_share": weighted, "files": len(matches)}
-    if weighted < STOP_BELOW:
-        remedy = f"The latent needs at least {STOP_BELOW:.0%} by influence: choose a reference trained on these genes."
-        yield Finding("genes", "stop", message, remedy, overridable=found > 0, figures=figures)
-    elif weighted < WARN_BELOW:
-        yield Finding("genes", "warn", message, "Missing genes read as zero.", figures=figures)
-    else:
-        yield Finding("genes", "ok", message, figures=figures)
-    if found:
-        yield _ids(worst)
-
-
-def _ids(match: GeneMatch) -> Finding:
-    notes = [f"source '{match.source_column}' with reference '{match.reference_column}'"]
-    if match.versions_stripped:
-        notes.append("Ensembl versions ignored")
-    if match.summed:
-        notes.append(f"{match.summed:,} source genes summed into one that means the same")
-    if match.ambiguous:
-        notes.append(f"{match.ambiguous:,} reference identifiers name several genes and were not matched")
-    figures = {"summed": match.summed, "ambiguous": match.ambiguous}
-    return Finding("gene-ids", "ok", f"Matched {'; '.join(notes)}.", figures=figures)
 
 
 def counts(blocks: Sequence[CellBlock], reference: Reference) -> Iterator[Finding]:
@@ -180,7 +116,7 @@ def batch(scan: Scan, reference: Reference, settings: Settings) -> Iterator[Find
         return
     column = query_batch_key(reference, settings)
     summary = scan.columns.get(column)
-    if not reference.encode_covariates:
+    if not reference.encoded_batch:
         yield _ignored_batch(column, summary, reference)
         return
     yield from _must_be_known("batch", column, summary, reference.batch_categories, scan)
@@ -188,7 +124,8 @@ def batch(scan: Scan, reference: Reference, settings: Settings) -> Iterator[Find
 
 def _ignored_batch(column: str, summary: ColumnSummary | None, reference: Reference) -> Finding:
     """What is said of a batch column that moves nothing."""
-    message = "The latent does not depend on the batch (encode_covariates=False)"
+    why = "the encoder reads the sample alone" if reference.encode_covariates else "encode_covariates=False"
+    message = f"The latent does not depend on the batch ({why})"
     if summary is None:
         return Finding("batch", "ok", f"{message}; the query has no obs column '{column}'.")
     new = [value for value in summary.counts if value not in reference.batch_categories]
@@ -201,6 +138,13 @@ def _ignored_batch(column: str, summary: ColumnSummary | None, reference: Refere
             "batch", "warn", f"{message}; {seen}, and holds numbers where categories are meant.", figures=figures
         )
     return Finding("batch", "ok", f"{message}; {seen}.", figures=figures)
+
+
+def sample(scan: Scan, reference: Reference, settings: Settings) -> Iterator[Finding]:
+    """Are the query's samples ones that the reference knows?"""
+    if reference.encoded_sample:
+        column = query_sample_key(reference, settings)
+        yield from _must_be_known("sample", column, scan.columns.get(column), reference.sample_categories, scan)
 
 
 def covariates(scan: Scan, reference: Reference) -> Iterator[Finding]:
@@ -258,13 +202,13 @@ def _must_be_known(
 def _absent(name: str, column: str, scan: Scan) -> Finding:
     place = scan.missing.get(column, "the source")
     message = f"obs column '{column}' is not in {place}, and the reference's encoder reads it."
-    remedy = "Name the column that holds it: --batch-key COLUMN." if name == "batch" else "Add it to the source's obs."
+    remedy = f"Name the column that holds it: {_FLAG[name]} COLUMN." if name in _FLAG else "Add it to the source's obs."
     return Finding(name, "stop", message, remedy, overridable=False)
 
 
 def _other_column(name: str, column: str) -> str:
     """Remedy for numbers in the place of categories."""
-    return "Name a categorical column: --batch-key COLUMN." if name == "batch" else f"Write '{column}' as text."
+    return f"Name a categorical column: {_FLAG[name]} COLUMN." if name in _FLAG else f"Write '{column}' as text."
 
 
 def labels(scan: Scan, reference: Reference) -> Finding:
@@ -296,4 +240,5 @@ __all__ = [
     "labels",
     "match_of",
     "reading",
+    "sample",
 ]

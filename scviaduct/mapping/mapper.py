@@ -30,13 +30,19 @@ def model_columns(reference: Reference, settings: Settings) -> tuple[str, ...]:
     """
     if not reference.encode_covariates:
         return ()
-    batch = (query_batch_key(reference, settings),) if reference.batch_key else ()
-    return batch + tuple(reference.categorical_covariates) + tuple(reference.continuous_covariates)
+    batch = (query_batch_key(reference, settings),) if reference.encoded_batch else ()
+    sample = (query_sample_key(reference, settings),) if reference.encoded_sample else ()
+    return (*batch, *sample, *reference.categorical_covariates, *reference.continuous_covariates)
 
 
 def query_batch_key(reference: Reference, settings: Settings) -> str:
     """obs column of the query that plays the reference's batch."""
     return settings.batch_key or reference.batch_key or ""
+
+
+def query_sample_key(reference: Reference, settings: Settings) -> str:
+    """obs column of the query that plays the reference's sample."""
+    return settings.sample_key or reference.sample_key or ""
 
 
 class Mapper:
@@ -144,10 +150,13 @@ class Mapper:
         reference = self.reference
         if not reference.encode_covariates:
             return Covariates()
-        batch = None
-        if reference.batch_key:
+        batch = sample = None
+        if reference.encoded_batch:
             column = query_batch_key(reference, self.settings)
             batch = self._codes(block, column, reference.batch_categories, "batch")
+        if reference.encoded_sample:
+            column = query_sample_key(reference, self.settings)
+            sample = self._codes(block, column, reference.sample_categories, "sample")
         categorical = None
         if reference.categorical_covariates:
             items = reference.categorical_covariates.items()
@@ -156,7 +165,7 @@ class Mapper:
         if reference.continuous_covariates:
             columns = [self._numbers(block, key) for key in reference.continuous_covariates]
             continuous = np.stack(columns, axis=1)
-        return Covariates(batch, categorical, continuous)
+        return Covariates(batch, categorical, continuous, sample)
 
     @staticmethod
     def _codes(block: CellBlock, column: str, categories: Sequence[str], what: str) -> LongArray:

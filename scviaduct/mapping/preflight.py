@@ -11,7 +11,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from scviaduct.errors import DataError, InputError, NotFitError
+from scviaduct.families import family
 from scviaduct.mapping import checks
+from scviaduct.mapping.mapper import query_batch_key, query_sample_key
 from scviaduct.mapping.reading import read_block
 
 if TYPE_CHECKING:
@@ -151,9 +153,10 @@ def check(
     findings: list[Finding] = [
         checks.cells(scan),
         *checks.reading(errors, len(blocks) + len(errors)),
-        *checks.genes(matches, influence),
+        *checks.genes(matches, influence, family(reference.family).needs.optional),
         *checks.counts(blocks, reference),
         *checks.batch(scan, reference, settings),
+        *checks.sample(scan, reference, settings),
         *checks.covariates(scan, reference),
         checks.labels(scan, reference),
     ]
@@ -163,8 +166,14 @@ def check(
 
 def scan_columns(reference: Reference, settings: Settings) -> tuple[str, ...]:
     """obs columns whose values the checks look at."""
-    batch = settings.batch_key or reference.batch_key or ""
-    wanted = (batch, reference.labels_key or "", *reference.categorical_covariates, *reference.continuous_covariates)
+    batch, sample = query_batch_key(reference, settings), query_sample_key(reference, settings)
+    wanted = (
+        batch,
+        sample,
+        reference.labels_key or "",
+        *reference.categorical_covariates,
+        *reference.continuous_covariates,
+    )
     return tuple(dict.fromkeys(column for column in wanted if column))
 
 

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import anndata
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from scviaduct.errors import PackageError, UnsupportedModelError
-from scviaduct.families import family
-from scviaduct.references.archive import read_model_file
-from scviaduct.references.manifest import FORMAT, MANIFEST, file_digest, manifest_digest, read_manifest
-from scviaduct.references.package import ENCODER, LATENTS, MODEL, TEMPLATE, Reference
-from scviaduct.references.template import encode_rows, encode_template, make_template
+from scviaduct.errors import PackageError, ScviaductError, UnsupportedModelError
+from scviaduct.families import MODALITY, family
+from scviaduct.families.vae import quiet
+from scviaduct.references.latents import ReferenceLatents, Statistics
+from scviaduct.references.manifest import (
+    FORMAT,
+    MANIFEST,
+    facts_to_json,
+    file_digest,
+    manifest_digest,
+    read_manifest,
+)
+from scviaduct.references.package import ENCODER, LATENTS, STATISTICS, TEMPLATE, Reference
+from scviaduct.references.saved.contained import check_contained
+from scviaduct.references.saved.portable import write_model
+from scviaduct.references.saved.repair import METADATA, read_metadata, read_saved
+from scviaduct.references.saved.weights import RENAMED
+from scviaduct.references.template import SYNTHETIC, encode_cells, encode_template, make_template
+from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,30 +38,41 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scviaduct.families import Encoder, Facts, Family
-    from scviaduct.references.archive import SavedModel
+    from scviaduct.references.saved.archive import SavedModel
 
-_CARRIED = ("_scvi_required_metadata.json", "README.md")
+DATA = ("adata.h5ad", "mdata.h5mu")
+_CARRIED = (METADATA, "README.md", "metrics.json")
 _BLOCK = 8192
 _MINIFIED = "_scvi_adata_minify_type"
 
 
 def build_package(
-    folder: Path, out: Path, name: str, data: AnnData | None = None, provenance: Mapping[str, Any] | None = None
+    folder: Path,
+    out: Path,
+    name: str,
+    data: AnnData | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    extras: Mapping[str, Path] | None = None,
+    labels_key: str = "",
 ) -> Reference:
     """Build a package, or check and copy one.
 
     Parameters
     ----------
     folder
-        A package; or a folder with ``model.pt`` and maybe ``adata.h5ad``, as scvi-tools and scvi-hub lay it out.
+        A package; or a folder with a model and maybe its data, as scvi-tools and scvi-hub lay it out.
     out
         Folder to make; it must not be there.
     name
         What the package is called.
     data
-        The training cells, where they are at hand; else ``adata.h5ad`` if there is one.
+        The training cells, flat, where they are at hand; else the folder's own data if there is some.
     provenance
         Where the model comes from.
+    extras
+        Further files of the package: name to where it lies now.
+    labels_key
+        obs column of the data that labels its cells, for a model that registered none; missing where there is none.
 
     Raises
     ------
@@ -60,42 +81,47 @@ def build_package(
     UnsafeModelError, UnsupportedModelError
         If the model is refused.
     """
-    if not (folder / MODEL).is_file():
-        legacy = " It was saved before scvi-tools 0.15." if (folder / "model_params.pt").exists() else ""
-        raise PackageError(f"'{folder}' holds no {MODEL}.{legacy}", "Name a folder that model.save() or scvi-hub made.")
     if (folder / MANIFEST).exists():
         return _copy_package(folder, out, name)
-    saved = read_model_file(folder / MODEL)
-    registry = saved.attr_dict.get("registry_")
-    if not isinstance(registry, dict) or "model_name" not in registry:
-        raise UnsupportedModelError(
-            f"'{folder}' does not say which class its model is.", "Save it with scvi-tools >= 0.15."
-        )
-    found = family(str(registry["model_name"]))
+    saved, repairs = read_saved(folder)
+    found = family(str(saved.attr_dict["registry_"]["model_name"]))
     facts, template = _describe(folder, found, saved)
     _check_hub_metadata(folder, found.name)
+    with quiet():  # a protein may be called like its gene
+        encoder = found.load(saved, template.copy(), "cpu")
     out.mkdir(parents=True)
-    shutil.copyfile(folder / MODEL, out / MODEL)
+    write_model(saved, out)
     for file in _CARRIED:
         if (folder / file).is_file():
             shutil.copyfile(folder / file, out / file)
-    template.write_h5ad(out / TEMPLATE)
-    encoder = found.load(saved, template.copy(), "cpu")
+    for file, path in (extras or {}).items():
+        shutil.copyfile(path, out / file)
+    with quiet():
+        template.write_h5ad(out / TEMPLATE)
     encoder.save(out / ENCODER)
     notes: list[str] = []
-    columns: dict[str, tuple[str, ...]] = {"index": facts.genes}
-    data = data if data is not None else _read_data(folder)
+    data = data if data is not None else _read_data(folder, found, saved)
     if data is None:
-        notes.append("The folder has no data (adata.h5ad), so the package has no latents of its own.")
+        there = next((name for name in DATA if (folder / name).is_file()), None)
+        lacks = (
+            f"Its data ({there}) lacks the layer that it was trained on"
+            if there
+            else f"The folder has no data ({DATA[0]})"
+        )
+        notes.append(f"{lacks}, so the package has no latents of its own.")
     else:
-        columns |= _identifiers(data, facts)
-        _write_latents(out / LATENTS, data, facts, encoder, notes)
-    if not facts.labels and (data is None or not facts.labels_key):
+        table = GeneTable({**facts.genes.columns, **_identifiers(data, facts)}, facts.genes.modality)
+        if data.uns.get(SYNTHETIC):
+            notes.append("Its data are synthetic cells, so the package has no latents of its own.")
+        else:
+            labels = _labels(data, facts.labels_key or labels_key, facts.unlabeled_category)
+            _write_latents(out, data, labels, facts, encoder, notes)
+    if not facts.labels and (data is None or not (facts.labels_key or labels_key)):
         notes.append("The reference has no labels: cells are mapped with a null label.")
-    latent = encode_template(encoder, template, facts)
-    told = asdict(facts) | {"genes": columns}
+    told = facts_to_json(facts) | ({} if data is None else {"genes": dict(table.columns)})
     origin = {"folder": str(folder)} if provenance is None else dict(provenance)
-    _write_manifest(out, name, found.name, told, latent.tolist(), notes, origin)
+    latent = encode_template(encoder, template, facts).tolist()
+    _write_manifest(out, name, found.name, told, latent, list(repairs), notes, origin)
     return Reference.load(out)
 
 
@@ -103,7 +129,9 @@ def _describe(folder: Path, found: Family, saved: SavedModel) -> tuple[Facts, An
     """Facts and template of a model, whose registry may hold anything."""
     try:
         facts = found.facts(saved)
-        return facts, make_template(saved, facts)
+        return facts, make_template(facts)
+    except ScviaductError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UnsupportedModelError(
             f"The registry in '{folder}' is not one of a {found.name} ({type(error).__name__}: {error}).",
@@ -126,81 +154,89 @@ def _copy_package(folder: Path, out: Path, name: str) -> Reference:
 
 def _check_hub_metadata(folder: Path, name: str) -> None:
     """A hub folder's metadata must name the class that the model is; the module it names is never imported."""
-    path = folder / "_scvi_required_metadata.json"
-    if not path.is_file():
-        return
-    try:
-        told = dict(json.loads(path.read_text())).get("model_cls_name")
-    except (ValueError, TypeError) as error:
-        raise PackageError(f"{path} cannot be read ({error}).", "Take the model from its publisher again.") from error
-    if told != name:
+    told = read_metadata(folder)
+    named = told.get("model_cls_name")
+    if told and RENAMED.get(str(named), named) != name:
         raise UnsupportedModelError(
-            f"{path} says {told}, and {MODEL} says {name}.", "Take the model from its publisher again."
+            f"{folder / METADATA} says {named}, and the model says {name}.", "Take the model from its publisher again."
         )
 
 
-def _read_data(folder: Path) -> AnnData | None:
-    path = folder / "adata.h5ad"
-    if not path.is_file():
+def _read_data(folder: Path, found: Family, saved: SavedModel) -> AnnData | None:
+    path = next((folder / name for name in DATA if (folder / name).is_file()), None)
+    if path is None:
         return None
     try:
-        return anndata.read_h5ad(path)
+        check_contained(path)
+        if path.suffix == ".h5mu":
+            import mudata
+
+            data = mudata.read_h5mu(path)
+        else:
+            data = anndata.read_h5ad(path)
+        flat = found.flatten(saved, data)
+    except ScviaductError:
+        raise
     # h5py and anndata have no end of exceptions for broken files: OSError, KeyError, AnnDataReadError, ...
     except (OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise PackageError(
             f"'{path}' cannot be read ({type(error).__name__}: {error}).",
             "Take it from its publisher again, or remove it: the package then has no latents of its own.",
         ) from error
+    if flat is not None and data.uns.get(SYNTHETIC):
+        flat.uns[SYNTHETIC] = True
+    return flat
 
 
 def _identifiers(data: AnnData, facts: Facts) -> dict[str, tuple[str, ...]]:
     """Other identifiers of the genes that the data's ``var`` has, in the model's order."""
     names = pd.Index(data.var_names.astype(str))
-    if names.has_duplicates or not names.isin(facts.genes).any():
+    if names.has_duplicates or not names.isin(facts.names).any():
         return {}
-    var = data.var.set_axis(names, axis=0).reindex(list(facts.genes))
+    var = data.var.set_axis(names, axis=0).reindex(list(facts.names))
     text = [name for name in var.columns if pd.api.types.is_string_dtype(var[name].dropna().astype(object))]
-    return {str(name): tuple("" if pd.isna(v) else str(v) for v in var[name]) for name in text}
+    return {str(name): tuple("" if pd.isna(v) else str(v) for v in var[name]) for name in text if name != MODALITY}
 
 
-def _write_latents(path: Path, data: AnnData, facts: Facts, encoder: Encoder, notes: list[str]) -> None:
-    latent = _minified_latent(data) if _MINIFIED in data.uns else _encode(data, facts, encoder)
-    if latent is None or latent.shape[1] != facts.n_latent:
+def _write_latents(
+    out: Path, data: AnnData, labels: list[str | None], facts: Facts, encoder: Encoder, notes: list[str]
+) -> None:
+    latents = _minified(data, labels) if _MINIFIED in data.uns else _encode(data, labels, facts, encoder)
+    if latents is None or latents.latent.shape[1] != facts.n_latent:
         notes.append("The data could not be encoded (other genes, or a minified file without latents).")
         return
-    labels = _labels(data, facts)
-    offsets = pa.array(np.arange(0, latent.size + 1, facts.n_latent, dtype=np.int32))
-    columns = {
-        "observation_id": pa.array(data.obs_names.astype(str)),
-        "latent": pa.ListArray.from_arrays(offsets, pa.array(latent.reshape(-1))),
-        "label": pa.array(labels, pa.string()),
-    }
-    pq.write_table(pa.table(columns), path, compression="zstd", use_dictionary=["label"])
+    latents.write(out / LATENTS, list(data.obs_names.astype(str)))
+    Statistics.of(latents, encoder.gene_influence()).write(out / STATISTICS)
 
 
-def _minified_latent(data: AnnData) -> Any:
-    """Posterior means of a minified file, which scvi-tools keeps in obsm and whose counts it empties."""
-    keys = [key for key in data.obsm if str(key).endswith("latent_qzm")]
-    return np.ascontiguousarray(data.obsm[keys[0]], np.float32) if keys else None
-
-
-def _encode(data: AnnData, facts: Facts, encoder: Encoder) -> Any:
-    """Latents of the training cells, in bounded blocks."""
-    if tuple(data.var_names.astype(str)) != facts.genes or (facts.layer and facts.layer not in data.layers):
+def _minified(data: AnnData, labels: list[str | None]) -> ReferenceLatents | None:
+    """Posteriors of a minified file, which scvi-tools keeps in obsm and whose counts it empties."""
+    found = {suffix: next((k for k in data.obsm if str(k).endswith(suffix)), None) for suffix in ("_qzm", "_qzv")}
+    if found["_qzm"] is None:
         return None
-    counts = data.layers[facts.layer] if facts.layer else data.X
-    latent = np.empty((data.n_obs, facts.n_latent), np.float32)
+    variance = None if found["_qzv"] is None else np.ascontiguousarray(data.obsm[found["_qzv"]], np.float32)
+    return ReferenceLatents(np.ascontiguousarray(data.obsm[found["_qzm"]], np.float32), labels, variance)
+
+
+def _encode(data: AnnData, labels: list[str | None], facts: Facts, encoder: Encoder) -> ReferenceLatents | None:
+    """Latents of the training cells, in bounded blocks."""
+    if tuple(data.var_names.astype(str)) != facts.names:
+        return None
+    blocks = []
     for start in range(0, data.n_obs, _BLOCK):
         stop = min(start + _BLOCK, data.n_obs)
-        latent[start:stop] = encode_rows(encoder, counts[start:stop], data.obs.iloc[start:stop], facts)
-    return latent
+        blocks.append(encode_cells(encoder, data.X[start:stop], data.obs.iloc[start:stop], facts))
+    if not blocks:
+        return None
+    mean, variance = (np.concatenate([getattr(b, what) for b in blocks]) for what in ("mean", "variance"))
+    others = {name: np.concatenate([block.others[name] for block in blocks]) for name in encoder.latents[1:]}
+    return ReferenceLatents(mean, labels, variance, others)
 
 
-def _labels(data: AnnData, facts: Facts) -> list[str | None]:
-    if not facts.labels_key or facts.labels_key not in data.obs:
+def _labels(data: AnnData, key: str, none: str) -> list[str | None]:
+    if not key or key not in data.obs:
         return [None] * data.n_obs
-    values = data.obs[facts.labels_key]
-    return [None if pd.isna(v) or str(v) == facts.unlabeled_category else str(v) for v in values]
+    return [None if pd.isna(v) or str(v) == none else str(v) for v in data.obs[key]]
 
 
 def _write_manifest(
@@ -209,6 +245,7 @@ def _write_manifest(
     family_name: str,
     facts: dict[str, Any],
     template_latent: list[list[float]],
+    repairs: list[str],
     notes: list[str],
     provenance: dict[str, Any],
 ) -> None:
@@ -218,8 +255,9 @@ def _write_manifest(
         "name": name,
         "family": family_name,
         "files": files,
-        "facts": json.loads(json.dumps(facts)),
+        "facts": facts,
         "template_latent": template_latent,
+        "repairs": repairs,
         "notes": notes,
         "provenance": provenance | {"packaged": datetime.now(UTC).isoformat(timespec="seconds")},
     }

@@ -1,7 +1,14 @@
-"""The training cells of a reference: read from any source, checked, reduced to variable genes."""
+"""The training cells of a reference: read from any source, checked, reduced to the features that it is trained on.
+
+Cells are streamed up to three times: twice to choose features, once to read those. Memory is bounded by the counts of
+the chosen features (8 bytes a count that is not zero, and half as much again while the blocks are joined), the obs
+columns that the recipe names, one block of ``SHARD_CELLS`` cells, and what choosing genes takes.
+"""
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -12,56 +19,119 @@ from anndata import AnnData
 from scipy import sparse
 
 from scviaduct.errors import InputError
-from scviaduct.families.vae import quiet
+from scviaduct.families import MODALITY
+from scviaduct.families import family as family_of
+from scviaduct.references.features import Features, choose_features, common_features
 from scviaduct.sources import open_source
-
-_SPANS = (0.3, 0.6, 1.0)
-"""Shares of the genes that the local regression of variance on mean looks at: scanpy's own, then wider ones."""
+from scviaduct.sources.counts import Rows, assemble
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from scviaduct.references.training import Recipe
+    from scviaduct.families import Family, Recipe
     from scviaduct.sources import Source
-    from scviaduct.values import CellBlock, IntArray, Scan, Shard
+    from scviaduct.values import CellBlock, Scan, Shard
 
-_SHARD_CELLS = 16_384
+SHARD_CELLS = 16_384
 
 
-def read_cells(source: str, recipe: Recipe) -> tuple[AnnData, str, str]:
-    """Read all cells of a source, with the obs columns that a recipe names.
+@dataclass(frozen=True, slots=True)
+class TrainingCells:
+    """Cells to train on, and where they come from.
 
-    Returns
-    -------
-    tuple
-        The cells (CSR float32; genes are those that every file has, in the first one's order), the pinned URI and the
-        version of the source.
+    Attributes
+    ----------
+    cells
+        Flat: CSR float32 counts, ``var["modality"]``, and the obs columns that the recipe names.
+    uri, version
+        The source's pinned URI, and the version of its content.
+    features
+        What the columns are.
+    """
+
+    cells: AnnData
+    uri: str
+    version: str
+    features: Features
+
+
+def source_uri(source: str, recipe: Recipe) -> str:
+    """The source with the layer that the recipe names."""
+    joint = "&" if "?" in source else "?"
+    return source if recipe.layer is None else f"{source}{joint}layer={recipe.layer}"
+
+
+def read_cells(source: str, recipe: Recipe, features: Features | None = None) -> TrainingCells:
+    """Read all cells of a source, with the features to train on and the obs columns that a recipe names.
+
+    Parameters
+    ----------
+    source
+        URI of the cells.
+    recipe
+        How to train.
+    features
+        Features to read, where they are known already; else they are chosen as the recipe says.
 
     Raises
     ------
     InputError
-        If an obs column is missing or incomplete, or counts are not counts.
+        If an obs column is missing or incomplete, a modality or a feature is absent, or counts are not counts.
     """
-    joint = "&" if "?" in source else "?"
-    uri = source if recipe.layer is None else f"{source}{joint}layer={recipe.layer}"
-    columns = _columns(recipe)
-    with open_source(uri) as opened:
-        scan = opened.scan(_SHARD_CELLS, columns)
-        _check_columns(scan, recipe, opened.obs_columns())
-        genes, others = _genes(opened, scan.shards)
-        blocks = [opened.read(shard, _target(opened, shard, genes), len(genes), columns) for shard in scan.shards]
-        for block in blocks:
-            _check_counts(block, genes)
+    found = family_of(recipe.family)
+    columns = list(recipe.columns)
+    with open_source(source_uri(source, recipe)) as opened:
+        scan = opened.scan(SHARD_CELLS, columns)
+        check_columns(scan, recipe, opened.obs_columns())
+        every = common_features(opened, scan.shards, found)
+        if features is None:
+            features = choose_features(every, recipe, lambda part: _blocks(opened, scan.shards, part, found, columns))
+        else:
+            _require(features, every)
+        blocks = list(_blocks(opened, scan.shards, features, found, columns))
         pinned, version = opened.uri, opened.version
-    counts = sparse.vstack(
-        [sparse.csr_matrix((b.data, b.indices, b.indptr), shape=(b.n_cells, len(genes))) for b in blocks], format="csr"
-    )
-    obs = pa.concat_tables([block.obs for block in blocks], promote_options="permissive").to_pandas()
-    obs.index = pd.Index(
-        _unique([f"{b.shard.dataset_id}:{i}" for b in blocks for i in b.obs["observation_id"].to_pylist()])
-    )
-    cells = AnnData(counts, obs=obs[columns].copy(), var=pd.DataFrame(others, index=genes))
-    return _with_labels(cells, recipe), pinned, version
+    obs = _obs(blocks, columns)
+    rows = assemble(Rows(block.indptr, block.indices, block.data) for block in blocks)
+    blocks.clear()
+    counts = sparse.csr_matrix((rows.data, rows.indices, rows.indptr), shape=(len(obs), len(features)))
+    var = pd.DataFrame(dict(features.others) | {MODALITY: features.modality}, index=list(features.names))
+    with warnings.catch_warnings():
+        # A protein may be called as its gene is; they are told apart by modality.
+        warnings.filterwarnings("ignore", message="Variable names are not unique")
+        cells = AnnData(counts, obs=obs, var=var)
+    return TrainingCells(_with_labels(cells, recipe), pinned, version, features)
+
+
+def _blocks(
+    opened: Source, shards: Sequence[Shard], features: Features, found: Family, columns: Sequence[str]
+) -> Iterator[CellBlock]:
+    """Stream the cells, their counts checked; files share a target as long as their features are the same."""
+    uri, target = "", None
+    for shard in shards:
+        if target is None or shard.uri != uri:
+            uri, target = shard.uri, features.target(opened.genes(shard), found)
+        block = opened.read(shard, target, len(features), columns)
+        _check_counts(block, features)
+        yield block
+
+
+def _obs(blocks: Sequence[CellBlock], columns: Sequence[str]) -> pd.DataFrame:
+    obs: pd.DataFrame = pa.concat_tables([block.obs for block in blocks], promote_options="permissive").to_pandas()
+    names = [f"{block.shard.dataset_id}:{i}" for block in blocks for i in block.obs["observation_id"].to_pylist()]
+    obs.index = pd.Index(_unique(names))
+    kept: pd.DataFrame = obs[list(columns)].copy()
+    return kept
+
+
+def _require(features: Features, every: Features) -> None:
+    """Refuse a source that lacks features which were chosen elsewhere."""
+    there = set(zip(every.modality, every.names, strict=True))
+    lost = [name for key, name in zip(features.modality, features.names, strict=True) if (key, name) not in there]
+    if lost:
+        told = (
+            f"{len(lost):,} of the {len(features):,} features to train on are not in the source: {', '.join(lost[:5])}"
+        )
+        raise InputError(f"{told}.", "Name a source that has them, or train without --from.")
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -75,19 +145,29 @@ def _unique(names: list[str]) -> list[str]:
     return found
 
 
-def _columns(recipe: Recipe) -> list[str]:
-    named = (recipe.labels_key, recipe.batch_key, recipe.size_factor_key)
-    wanted = (*named, *recipe.categorical_covariates, *recipe.continuous_covariates)
-    return list(dict.fromkeys(column for column in wanted if column))
+def check_columns(scan: Scan, recipe: Recipe, available: Sequence[str]) -> None:
+    """Refuse obs columns that training would fail on.
 
+    Parameters
+    ----------
+    scan
+        Of the whole source, with a summary of every column that the recipe names.
+    recipe
+        How to train.
+    available
+        Names of the obs columns.
 
-def _check_columns(scan: Scan, recipe: Recipe, available: Sequence[str]) -> None:
+    Raises
+    ------
+    InputError
+        If one is missing, incomplete, of the wrong type, or lacks the values that the recipe names.
+    """
     for column, place in scan.missing.items():
         close = get_close_matches(column, available, n=3) or sorted(available)[:8]
         raise InputError(f"obs column '{column}' is not in {place}.", f"There are: {', '.join(close)}.")
     if not scan.cells:
         raise InputError("The source selects no cell to train on.", "Widen its filter.")
-    for column in _columns(recipe):
+    for column in recipe.columns:
         summary = scan.columns[column]
         if summary.nulls and column != recipe.labels_key:
             remedy = f"Fill '{column}', or filter those cells out: filter={column} != 'unknown'."
@@ -98,39 +178,18 @@ def _check_columns(scan: Scan, recipe: Recipe, available: Sequence[str]) -> None
             raise InputError(f"'{column}' holds {summary.type} values, and numbers are needed.", remedy)
     if recipe.labels_key:
         labels = [value for value in scan.columns[recipe.labels_key].counts if value != recipe.unlabeled_category]
-        if recipe.family.upper() == "SCANVI" and len(labels) < 2:
+        if family_of(recipe.family).needs.labels == "required" and len(labels) < 2:
             seen = f"'{recipe.labels_key}' has {len(labels)} labels besides '{recipe.unlabeled_category}'"
             raise InputError(f"{seen}; a SCANVI needs two.", "Name another --labels-key or --unlabeled-category.")
 
 
-def _genes(source: Source, shards: Sequence[Shard]) -> tuple[list[str], dict[str, list[str]]]:
-    """Genes that every file has, in the first one's order, and their other identifiers there."""
-    tables = [source.genes(shard) for shard in {shard.uri: shard for shard in shards}.values()]
-    first = tables[0].columns
-    common = set(first["index"]).intersection(*(table.columns["index"] for table in tables[1:])) - {""}
-    position: dict[str, int] = {}
-    for i, name in enumerate(first["index"]):
-        if name in common:
-            position.setdefault(name, i)
-    if not position:
-        raise InputError(
-            "The files of the source have no gene in common.", "Give them the same identifiers in var_names."
-        )
-    others = {key: [values[i] for i in position.values()] for key, values in first.items() if key != "index"}
-    return list(position), others
-
-
-def _target(source: Source, shard: Shard, genes: Sequence[str]) -> IntArray:
-    names = pd.Index(source.genes(shard).columns["index"])
-    return pd.Index(genes).get_indexer(names).astype(np.int32)
-
-
-def _check_counts(block: CellBlock, genes: Sequence[str]) -> None:
+def _check_counts(block: CellBlock, features: Features) -> None:
     wrong = np.flatnonzero(~np.isfinite(block.data) | (block.data < 0) | (block.data != np.rint(block.data)))
     if len(wrong):
         at = int(wrong[0])
         cell = block.obs["observation_id"][int(np.searchsorted(block.indptr, at, side="right")) - 1].as_py()
-        told = f"Cell '{cell}' has {block.data[at]:g} of gene '{genes[block.indices[at]]}', which is not a count."
+        gene = features.names[block.indices[at]]
+        told = f"Cell '{cell}' has {block.data[at]:g} of gene '{gene}', which is not a count."
         raise InputError(told, "Train on raw counts: name where they are with --layer, e.g. --layer counts.")
 
 
@@ -145,32 +204,3 @@ def _with_labels(cells: AnnData, recipe: Recipe) -> AnnData:
                 values = values.where(values.notna(), recipe.unlabeled_category)
             cells.obs[column] = pd.Categorical(values.astype(str))
     return cells
-
-
-def select_genes(cells: AnnData, recipe: Recipe) -> AnnData:
-    """Keep the most variable genes (Seurat v3, Stuart et al., Cell 2019), ranked within batches.
-
-    The method fits variance against mean by local regression, which is singular where few genes share a mean, as in a
-    panel or a small batch: it is then fitted over wider neighbourhoods.
-
-    Raises
-    ------
-    InputError
-        If the method fails on these cells all the same, as it does on very few or very even ones.
-    """
-    if not recipe.genes or recipe.genes >= cells.n_vars:
-        return cells
-    import scanpy as sc
-
-    singular: ValueError | None = None
-    for span in _SPANS:
-        options = {"n_top_genes": recipe.genes, "batch_key": recipe.batch_key, "span": span}
-        try:
-            with quiet():
-                found = sc.pp.highly_variable_genes(cells, flavor="seurat_v3", inplace=False, **options)
-        except ValueError as error:
-            singular = error
-        else:
-            return cells[:, found["highly_variable"].to_numpy()].copy()
-    told = f"Variable genes cannot be chosen among {cells.n_vars:,} genes of {cells.n_obs:,} cells."
-    raise InputError(told, "Train on all genes: --genes 0.") from singular

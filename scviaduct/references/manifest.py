@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scviaduct.errors import PackageError
-from scviaduct.values import digest
+from scviaduct.families.base import Facts
+from scviaduct.values import GeneTable, digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _AGAIN = "Add the reference again from where it came."
 _NAME_BYTES = 200
-_TEXTS = ("scvi_version", "batch_key", "labels_key", "unlabeled_category", "size_factor_key", "layer")
-_LISTS = ("batch_categories", "labels", "continuous_covariates")
-_FACTS = {*_TEXTS, *_LISTS, "genes", "categorical_covariates", "n_latent", "encode_covariates"}
+_TEXTS = ("scvi_version", "batch_key", "sample_key", "labels_key", "unlabeled_category", "size_factor_key", "layer")
+_LISTS = ("batch_categories", "sample_categories", "labels", "known_labels", "continuous_covariates")
+_FLAGS = ("encode_covariates", "batch_encoded")
+_FACTS = {
+    *_TEXTS,
+    *_LISTS,
+    "genes",
+    "modalities",
+    "categorical_covariates",
+    "n_latent",
+    "latent_sizes",
+    *_FLAGS,
+}
 
 
 def is_name(name: Any) -> bool:
@@ -55,7 +68,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if version != FORMAT:
             raise PackageError(f"{path} has format {version}, this version reads {FORMAT}.", "Add the reference again.")
         told, expected = str(manifest["digest"]), manifest_digest(manifest)
-        name, _ = manifest["name"], (manifest["notes"], manifest["provenance"])
+        name, _ = manifest["name"], (manifest["notes"], manifest["provenance"], manifest["repairs"])
         outside = next((file for file in manifest["files"] if file in ("", "..") or Path(file).name != file), None)
     # json descends by recursion, so that brackets in brackets end in a RecursionError.
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
@@ -84,19 +97,24 @@ def _first_wrong(manifest: Mapping[str, Any]) -> str | None:
     facts, files, latent = manifest["facts"], manifest["files"], manifest["template_latent"]
     if not isinstance(facts, dict) or not facts.keys() <= _FACTS:
         return "'facts'"
-    size = facts.get("n_latent")
+    size: Any = facts.get("n_latent")
+    sizes: Any = facts.get("latent_sizes")
     genes: Any = facts.get("genes")
+    width = sum(sizes.values()) if _are_sizes(sizes) else -1
     right = {
         **{f"'{key}' of the facts": isinstance(facts.get(key), str) for key in _TEXTS},
         **{f"'{key}' of the facts": _are_texts(facts.get(key)) for key in _LISTS},
         "'n_latent' of the facts": type(size) is int and size > 0,
-        "'encode_covariates' of the facts": isinstance(facts.get("encode_covariates"), bool),
+        **{f"'{key}' of the facts": isinstance(facts.get(key), bool) for key in _FLAGS},
         "'genes' of the facts": _are_columns(genes) and "index" in genes and len(set(map(len, genes.values()))) == 1,
+        "'modalities' of the facts": _are_runs(facts.get("modalities"), genes),
+        "'latent_sizes' of the facts": width > 0 and next(iter(sizes.values())) == size,
         "'categorical_covariates' of the facts": _are_columns(facts.get("categorical_covariates")),
         "'family'": isinstance(manifest["family"], str),
         "'files'": isinstance(files, dict) and all(_is_file(told) for told in files.values()),
-        "'template_latent'": isinstance(latent, list) and latent and all(_is_vector(row, size) for row in latent),
+        "'template_latent'": isinstance(latent, list) and latent and all(_is_vector(row, width) for row in latent),
         "'notes'": _are_texts(manifest["notes"]),
+        "'repairs'": _are_texts(manifest["repairs"]),
         "'provenance'": isinstance(manifest["provenance"], dict),
     }
     return next((what for what, holds in right.items() if not holds), None)
@@ -110,12 +128,46 @@ def _are_columns(value: Any) -> bool:
     return isinstance(value, dict) and all(_are_texts(texts) for texts in value.values())
 
 
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(type(size) is int and size > 0 for size in value.values())
+
+
+def _are_runs(value: Any, genes: Any) -> bool:
+    """Whether runs of modalities cover the features."""
+    if not isinstance(value, list) or not _are_columns(genes) or "index" not in genes:
+        return False
+    right = all(
+        isinstance(run, list) and len(run) == 2 and isinstance(run[0], str) and type(run[1]) is int and run[1] > 0
+        for run in value
+    )
+    return right and sum(run[1] for run in value) == len(genes["index"])
+
+
 def _is_file(told: Any) -> bool:
     return isinstance(told, dict) and isinstance(told.get("digest"), str) and type(told.get("size")) is int
 
 
 def _is_vector(row: Any, size: Any) -> bool:
     return isinstance(row, list) and len(row) == size and all(type(value) in (int, float) for value in row)
+
+
+def facts_to_json(facts: Facts) -> dict[str, Any]:
+    """Facts as a manifest has them: modalities as runs, because one word a gene would be a tenth of it."""
+    told = {item.name: getattr(facts, item.name) for item in fields(Facts) if item.name != "genes"}
+    runs = [[name, len(list(run))] for name, run in groupby(facts.genes.modality)]
+    told |= {"genes": dict(facts.genes.columns), "modalities": runs}
+    plain: dict[str, Any] = json.loads(json.dumps(told))
+    return plain
+
+
+def facts_of(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :class:`~scviaduct.families.Facts` from what :func:`facts_to_json` gave."""
+    facts = dict(told)
+    columns = {key: tuple(values) for key, values in facts.pop("genes").items()}
+    modality = tuple(name for name, size in facts.pop("modalities") for _ in range(size))
+    categorical = {key: tuple(values) for key, values in facts.pop("categorical_covariates").items()}
+    facts |= {key: tuple(facts[key]) for key in _LISTS}
+    return facts | {"genes": GeneTable(columns, modality), "categorical_covariates": categorical}
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:

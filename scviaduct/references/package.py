@@ -7,39 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from scviaduct.errors import PackageError
-from scviaduct.references.manifest import file_digest, read_manifest
-from scviaduct.values import GeneTable
+from scviaduct.families.base import Facts
+from scviaduct.references.latents import ReferenceLatents, Statistics
+from scviaduct.references.manifest import facts_of, file_digest, read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from scviaduct.families import Encoder
-    from scviaduct.values import FloatArray
 
-MODEL, ENCODER = "model.pt", "encoder.safetensors"
-TEMPLATE, LATENTS = "template.h5ad", "latents.parquet"
+MODEL, REGISTRY, ENCODER = "model.safetensors", "model.json", "encoder.safetensors"
+TEMPLATE, LATENTS, STATISTICS = "template.h5ad", "latents.parquet", "statistics.safetensors"
+CALIBRATION, MINIFIED = "calibration.parquet", ("minified.h5ad", "minified.h5mu")
 TOLERANCE = 1e-4
 """Largest difference between what a template encodes to now and what it encoded to when the package was made, in
 standard deviations of the latent. Another CPU sums float32 products in another order, which leaves about 1e-6."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceLatents:
-    """The reference's own cells.
-
-    Attributes
-    ----------
-    latent
-        float32, shape ``(n_cells, n_latent)``.
-    labels
-        One per cell; None for a cell without.
-    """
-
-    latent: FloatArray
-    labels: list[str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +47,8 @@ class Verification:
         return all(check.ok for check in self.checks)
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference(Facts):
     """A pretrained model as a verified package; picklable, without handles.
 
     Attributes
@@ -77,15 +61,10 @@ class Reference:
         Of every file and fact; two packages with the same digest map alike.
     family
         Name of scvi-tools' class.
-    scvi_version
-        Version of scvi-tools that saved the model.
-    genes
-        Identifiers of its genes, in the order of its first layer.
-    batch_key, batch_categories, labels_key, labels, unlabeled_category, n_latent, encode_covariates, \
-categorical_covariates, continuous_covariates, size_factor_key, layer
-        See :class:`scviaduct.families.Facts`.
-    has_latents
-        Whether the package holds the reference's own latents.
+    files
+        Names of the package's files.
+    repairs
+        What had to be mended of the saved model before it could be loaded.
     notes
         What a user should know of it.
     provenance
@@ -96,22 +75,15 @@ categorical_covariates, continuous_covariates, size_factor_key, layer
     name: str
     digest: str
     family: str
-    scvi_version: str
-    genes: GeneTable
-    n_latent: int
-    encode_covariates: bool
-    batch_key: str = ""
-    batch_categories: tuple[str, ...] = ()
-    labels_key: str = ""
-    labels: tuple[str, ...] = ()
-    unlabeled_category: str = ""
-    categorical_covariates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    continuous_covariates: tuple[str, ...] = ()
-    size_factor_key: str = ""
-    layer: str = ""
-    has_latents: bool = False
+    files: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the package holds the reference's own latents."""
+        return LATENTS in self.files
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -124,22 +96,16 @@ categorical_covariates, continuous_covariates, size_factor_key, layer
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        facts = dict(manifest["facts"])
-        columns = {key: tuple(values) for key, values in facts.pop("genes").items()}
-        for key in ("batch_categories", "labels", "continuous_covariates"):
-            facts[key] = tuple(facts[key])
-        categorical = facts.pop("categorical_covariates")
         return cls(
             path=folder,
             name=manifest["name"],
             digest=manifest["digest"],
             family=manifest["family"],
-            genes=GeneTable(columns),
-            categorical_covariates={key: tuple(values) for key, values in categorical.items()},
-            has_latents=LATENTS in manifest["files"],
+            files=tuple(manifest["files"]),
+            repairs=tuple(manifest["repairs"]),
             notes=tuple(manifest["notes"]),
             provenance=manifest["provenance"],
-            **facts,
+            **facts_of(manifest["facts"]),
         )
 
     def encoder(self, device: str = "cpu") -> Encoder:
@@ -152,7 +118,7 @@ categorical_covariates, continuous_covariates, size_factor_key, layer
         """
         from scviaduct.families import family
 
-        self._require(ENCODER)
+        self.require(ENCODER)
         return family(self.family).open(self.path / ENCODER, device)
 
     def latents(self) -> ReferenceLatents:
@@ -166,22 +132,56 @@ categorical_covariates, continuous_covariates, size_factor_key, layer
         if not self.has_latents:
             remedy = "Add it again from a folder that has its data (adata.h5ad)."
             raise PackageError(f"Reference '{self.name}' has no latents of its own.", remedy)
-        self._require(LATENTS)
-        table = pq.read_table(self.path / LATENTS, columns=["latent", "label"])
-        flat = table["latent"].combine_chunks().flatten().to_numpy()
-        return ReferenceLatents(flat.reshape(len(table), self.n_latent), table["label"].to_pylist())
+        self.require(LATENTS)
+        return ReferenceLatents.read(self.path / LATENTS)
 
-    def _require(self, file: str) -> None:
-        told = read_manifest(self.path)["files"].get(file)
-        path = self.path / file
-        if told is None or not path.is_file():
-            raise PackageError(f"{path} is missing.", "Add the reference again from where it came.")
-        found, expected = file_digest(path), told["digest"]
-        if found != expected:
-            raise PackageError(
-                f"{path} has digest {found[:12]}, and the manifest says {expected[:12]}.",
-                "The file was changed or damaged: add the reference again from where it came.",
-            )
+    def statistics(self) -> Statistics:
+        """Label-wise means and covariances of the reference's cells, and the influence of its genes.
+
+        Raises
+        ------
+        PackageError
+            If the package has no latents of its own, or the file was changed.
+        """
+        self.require(STATISTICS)
+        return Statistics.read(self.path / STATISTICS)
+
+    def require(self, *names: str) -> None:
+        """Check that files of the package are those that were packaged.
+
+        Raises
+        ------
+        PackageError
+            If one is missing or was changed.
+        """
+        files = read_manifest(self.path)["files"]
+        for name in names:
+            told, path = files.get(name), self.path / name
+            if told is None or not path.is_file():
+                raise PackageError(f"{path} is missing.", "Add the reference again from where it came.")
+            found, expected = file_digest(path), told["digest"]
+            if found != expected:
+                raise PackageError(
+                    f"{path} has digest {found[:12]}, and the manifest says {expected[:12]}.",
+                    "The file was changed or damaged: add the reference again from where it came.",
+                )
+
+    def export(self, folder: Path) -> Path:
+        """Write the model as scvi-tools saves it, for whoever wants to load it there; a template stands for its data.
+
+        Parameters
+        ----------
+        folder
+            To make, or to put ``model.pt`` and the template's data into.
+
+        Returns
+        -------
+        Path
+            The folder: ``scvi.model.X.load(folder)`` loads it.
+        """
+        from scviaduct.references.exporting import export_model
+
+        return export_model(self, folder)
 
     def damaged(self) -> tuple[str, ...]:
         """Files that are missing or not those that were packaged."""
@@ -195,8 +195,8 @@ categorical_covariates, continuous_covariates, size_factor_key, layer
     def verify(self) -> Verification:
         """Check every digest, load the model, and compare what it encodes with what was recorded.
 
-        A template of synthetic cells is encoded twice: by the model in ``model.pt``, loaded through scvi-tools, and by
-        the package's own encoder, which is what maps.
+        A template of synthetic cells is encoded twice: by the model, loaded through scvi-tools, and by the package's
+        own encoder, which is what maps.
         """
         from scviaduct.references.template import verify_encoding
 

@@ -8,12 +8,16 @@ import secrets
 import shutil
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_data_path
 
 from scviaduct.errors import PackageError
 from scviaduct.references.manifest import MANIFEST
 from scviaduct.references.package import Reference
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 
@@ -36,7 +40,9 @@ class Registry:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = (folder or home()) / "references"
 
-    def add(self, source: str | Path, name: str, *, replace: bool = False) -> Reference:
+    def add(
+        self, source: str | Path, name: str, *, replace: bool = False, provenance: Mapping[str, Any] | None = None
+    ) -> Reference:
         """Build or copy a package and register it; one of the same digest stays as it is, and is mended if damaged.
 
         Parameters
@@ -47,6 +53,8 @@ class Registry:
             Lower-case letters, digits, ``.``, ``_`` and ``-``; at most 100.
         replace
             Take the name from another reference.
+        provenance
+            Where the folder was fetched from; a package keeps its own.
 
         Raises
         ------
@@ -55,15 +63,11 @@ class Registry:
         """
         from scviaduct.references.building import build_package  # AnnData takes seconds to import; a look-up need not
 
-        if not _NAME.fullmatch(name):
-            raise PackageError(
-                f"'{name}' is not a name for a reference.",
-                "Lower-case letters, digits, . _ -, at most 100, e.g. hlca-v2.",
-            )
+        self.require_name(name)
         target = self._folder / name
         temporary = self._folder / f".{name}.{secrets.token_hex(4)}"
         try:
-            made = build_package(Path(source), temporary, name)
+            made = build_package(Path(source), temporary, name, provenance=provenance)
             if target.exists():
                 there = None if replace else self._taken(name)  # replacing mends what cannot be read
                 if there is not None and there.digest == made.digest and not there.damaged():
@@ -82,6 +86,21 @@ class Registry:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return Reference.load(target)
+
+    @staticmethod
+    def require_name(name: str) -> None:
+        """Refuse what is no name for a reference.
+
+        Raises
+        ------
+        PackageError
+            If it is none.
+        """
+        if not _NAME.fullmatch(name):
+            raise PackageError(
+                f"'{name}' is not a name for a reference.",
+                "Lower-case letters, digits, . _ -, at most 100, e.g. hlca-v2.",
+            )
 
     def _taken(self, name: str) -> Reference:
         """The reference that has a name, to compare a new one with."""

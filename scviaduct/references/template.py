@@ -1,7 +1,7 @@
 """The template of a reference: a few synthetic cells from which a process instantiates the model.
 
 They are made from what scvi-tools saved of the training data's layout, never from its cells, so that a package carries
-no donor's data.
+no donor's data. They are flat: features of all modalities side by side (see :mod:`scviaduct.families.base`).
 """
 
 from __future__ import annotations
@@ -15,61 +15,68 @@ from anndata import AnnData
 from scipy import sparse
 
 from scviaduct.errors import PackageError
-from scviaduct.families import Covariates, family
-from scviaduct.references.archive import read_model_file
-from scviaduct.references.package import MODEL, TEMPLATE
+from scviaduct.families import MODALITY, Covariates, family
+from scviaduct.families.vae import quiet
+from scviaduct.references.package import TEMPLATE
+from scviaduct.references.saved.portable import read_model
 
 if TYPE_CHECKING:
-    from scviaduct.families import Encoder, Facts
-    from scviaduct.references.archive import SavedModel
+    from pathlib import Path
+
+    from scviaduct.families import Encoded, Encoder, Facts
     from scviaduct.references.package import Reference
     from scviaduct.values import FloatArray
 
 CELLS = 16
+SYNTHETIC = "scviaduct_synthetic_cells"
+"""Entry of ``uns`` that tells a template's cells, where they stand for a model's data, from real ones."""
 _SEED = 0
 
 
-def make_template(saved: SavedModel, facts: Facts) -> AnnData:
-    """Synthetic cells with every obs column and layer that the model was set up with.
+def make_template(facts: Facts) -> AnnData:
+    """Synthetic cells with every obs column that the model was set up with.
 
     Counts are Poisson of mean 1, seeded; categories are those of the model, in turn; labels are the unlabelled
-    category.
+    category, or those of a classifier.
     """
     rng = np.random.default_rng(_SEED)
-    counts = sparse.csr_matrix(rng.poisson(1.0, (CELLS, len(facts.genes))).astype(np.float32))
-    fields = saved.attr_dict["registry_"]["field_registries"]
+    names = list(facts.names)
+    counts = sparse.csr_matrix(rng.poisson(1.0, (CELLS, len(names))).astype(np.float32))
     obs: dict[str, Any] = {}
     if facts.batch_key:
-        obs[facts.batch_key] = _in_turn(fields["batch"]["state_registry"]["categorical_mapping"])
-    for key in facts.categorical_covariates:
-        obs[key] = _in_turn(fields["extra_categorical_covs"]["state_registry"]["mappings"][key])
+        obs[facts.batch_key] = _in_turn(facts.batch_categories)
+    if facts.sample_key:
+        obs[facts.sample_key] = _in_turn(facts.sample_categories)
+    for key, categories in facts.categorical_covariates.items():
+        obs[key] = _in_turn(categories)
     for key in facts.continuous_covariates:
         obs[key] = rng.normal(size=CELLS)
     if facts.size_factor_key:
         obs[facts.size_factor_key] = np.ones(CELLS)
-    if facts.labels_key:
-        known = fields["labels"]["state_registry"]["categorical_mapping"]
-        obs[facts.labels_key] = _in_turn([facts.unlabeled_category] if facts.unlabeled_category else known)
+    if facts.labels_key and facts.labels_key not in obs:
+        none = (facts.unlabeled_category,)
+        obs[facts.labels_key] = _in_turn(none if facts.unlabeled_category else facts.known_labels)
     frame = pd.DataFrame(obs, index=[f"template-{i}" for i in range(CELLS)])
-    template = AnnData(counts, obs=frame, var=pd.DataFrame(index=list(facts.genes)))
-    if facts.layer:
-        template.layers[facts.layer] = counts.copy()
-    return template
+    var = pd.DataFrame({MODALITY: list(facts.genes.modality)}, index=names)
+    with quiet():  # a protein may be called like its gene
+        return AnnData(counts, obs=frame, var=var)
 
 
-def _in_turn(categories: Any) -> pd.Categorical:
+def read_template(folder: Path) -> AnnData:
+    """The template of the package in a folder."""
+    with quiet():
+        return anndata.read_h5ad(folder / TEMPLATE)
+
+
+def _in_turn(categories: tuple[str, ...]) -> Any:
+    if not categories:
+        raise ValueError("a column without categories")
     values = [categories[i % len(categories)] for i in range(CELLS)]
     return pd.Categorical(values, categories=list(dict.fromkeys(values)))
 
 
-def encode_template(encoder: Encoder, template: AnnData, facts: Facts | Reference) -> FloatArray:
-    """Latents of the template's cells, with the covariates that they carry; what ``verify`` compares."""
-    counts = template.layers[facts.layer] if facts.layer else template.X
-    return encode_rows(encoder, counts, template.obs, facts)
-
-
-def encode_rows(encoder: Encoder, counts: Any, obs: pd.DataFrame, facts: Facts | Reference) -> FloatArray:
-    """Latents of cells whose genes are the model's, with the covariates of their obs.
+def encode_cells(encoder: Encoder, counts: Any, obs: pd.DataFrame, facts: Facts) -> Encoded:
+    """What an encoder makes of cells whose features are the model's, with the covariates of their obs.
 
     Raises
     ------
@@ -79,16 +86,30 @@ def encode_rows(encoder: Encoder, counts: Any, obs: pd.DataFrame, facts: Facts |
     rows = sparse.csr_matrix(counts)
     covariates = Covariates()
     if facts.encode_covariates:
-        batch = _codes(obs, facts.batch_key, facts.batch_categories) if facts.batch_key else None
+        batch = _codes(obs, facts.batch_key, facts.batch_categories) if facts.encoded_batch else None
+        sample = _codes(obs, facts.sample_key, facts.sample_categories) if facts.encoded_sample else None
         categorical = [_codes(obs, key, known) for key, known in facts.categorical_covariates.items()]
         continuous = [obs[key].to_numpy(np.float32) for key in facts.continuous_covariates]
         covariates = Covariates(
             batch,
             np.stack(categorical, axis=1) if categorical else None,
             np.stack(continuous, axis=1) if continuous else None,
+            sample,
         )
     parts = rows.indptr.astype(np.int64), rows.indices.astype(np.int32), rows.data.astype(np.float32)
-    return encoder.encode(*parts, covariates).mean
+    return encoder.encode(*parts, covariates)
+
+
+def encode_template(encoder: Encoder, template: AnnData, facts: Facts) -> FloatArray:
+    """Latents of the template's cells, side by side where a model gives several; what ``verify`` compares.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32, shape ``(n_cells, sum of the latents' sizes)``.
+    """
+    encoded = encode_cells(encoder, template.X, template.obs, facts)
+    return np.concatenate([encoded.mean, *(encoded.others[name] for name in encoder.latents[1:])], axis=1)
 
 
 def verify_encoding(reference: Reference, recorded: FloatArray) -> dict[str, float]:
@@ -106,9 +127,9 @@ def verify_encoding(reference: Reference, recorded: FloatArray) -> dict[str, flo
     dict of str to float
         Largest difference of the model as scvi-tools loads it, and of the package's encoder.
     """
-    template = anndata.read_h5ad(reference.path / TEMPLATE)
-    saved = read_model_file(reference.path / MODEL)
-    model = family(reference.family).load(saved, template.copy(), "cpu")
+    template = read_template(reference.path)
+    with quiet():
+        model = family(reference.family).load(read_model(reference.path), template.copy(), "cpu")
     encoders = {"encoding by the model": model, "encoding by the package's encoder": reference.encoder()}
     scale = max(float(recorded.std()), 1e-12)
     return {
@@ -118,6 +139,9 @@ def verify_encoding(reference: Reference, recorded: FloatArray) -> dict[str, flo
 
 
 def _codes(obs: pd.DataFrame, column: str, categories: tuple[str, ...]) -> Any:
+    if column not in obs:
+        told = f"The data has no obs column '{column}', which the encoder reads."
+        raise PackageError(told, "Is it the model's data?")
     values = obs[column].astype(str)
     codes = pd.Index(categories).get_indexer(pd.Index(values))
     if (codes < 0).any():

@@ -1,86 +1,90 @@
 """Training a reference with scvi-tools, and packaging it at once.
 
-Training holds the selected cells in memory, as sparse counts; everything before it is checked first.
+Training holds the selected cells in memory, as sparse counts of the chosen features; everything before it is checked
+first. What a killed run left is gone on from (:mod:`scviaduct.references.checkpoints`).
 """
 
 from __future__ import annotations
 
-import ast
+import csv
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from importlib.metadata import version
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from scviaduct.errors import InputError
+from scviaduct.families import Recipe
 from scviaduct.families import family as family_of
 from scviaduct.families.vae import quiet
 from scviaduct.references.building import build_package
-from scviaduct.references.cells import read_cells, select_genes
+from scviaduct.references.calibration import hold_out
+from scviaduct.references.callbacks import Run
+from scviaduct.references.cells import read_cells, source_uri
+from scviaduct.references.checkpoints import Work, software
+from scviaduct.references.evidence import gather
 from scviaduct.references.manifest import is_name
+from scviaduct.references.options import check_options, model_arguments, plan_arguments
+from scviaduct.references.starting import Start
+from scviaduct.references.trainer import Stage, fit_model, make_model
+from scviaduct.sources import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from anndata import AnnData
+    import pandas as pd
 
+    from scviaduct.families import Family
+    from scviaduct.references.callbacks import OnEpoch, Row
+    from scviaduct.references.cells import TrainingCells
     from scviaduct.references.package import Reference
 
-_DEVICES = ("auto", "cpu", "cuda")
-OnEpoch = Callable[[str, int, int], None]
+__all__ = ["Options", "Recipe", "train"]
+
+_MOST_HELD = 0.25
+"""Share of the labelled cells whose labels a classifier may lose to calibration that nobody asked for."""
 
 
-def _unheard(name: str, done: int, epochs: int) -> None:
+def _unheard(name: str, done: int, epochs: int, metrics: Mapping[str, float]) -> None:
     """Tells nobody."""
 
 
+def _unsaid(line: str) -> None:
+    """Says nothing."""
+
+
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a reference is trained; the names are those of scvi-tools and of ``scviaduct train``.
+class Options:
+    """How a run of training goes; none of it decides what comes out.
 
     Attributes
     ----------
-    family
-        ``scvi`` or ``scanvi``.
-    labels_key, unlabeled_category, samples_per_label
-        obs column of labels, the label that means none, and the labelled cells per label and epoch (SCANVI).
-    batch_key, layer, categorical_covariates, continuous_covariates, size_factor_key
-        As ``setup_anndata`` takes them.
-    genes
-        Highly variable genes to train on; 0 for all.
-    epochs, scanvi_epochs
-        Of the SCVI, and of the SCANVI that starts from it; None for what scvi-tools chooses by the number of cells.
-    batch_size, device, loader_workers, seed
-        Of training.
-    settings
-        Model arguments, as text.
+    restart
+        Remove what an earlier run left instead of going on from it.
+    checkpoint_minutes
+        Between two checkpoints; 0 for one after every epoch.
+    tensorboard
+        Folder for TensorBoard; None for none.
+    say
+        Told what is worth a line.
     """
 
-    family: str
-    labels_key: str | None = None
-    unlabeled_category: str = "unknown"
-    samples_per_label: int | None = None
-    batch_key: str | None = None
-    layer: str | None = None
-    categorical_covariates: tuple[str, ...] = ()
-    continuous_covariates: tuple[str, ...] = ()
-    size_factor_key: str | None = None
-    genes: int = 2000
-    epochs: int | None = None
-    scanvi_epochs: int | None = None
-    batch_size: int = 128
-    device: str = "auto"
-    loader_workers: int = 0
-    seed: int = 0
-    settings: Mapping[str, str] = field(default_factory=dict)
+    restart: bool = False
+    checkpoint_minutes: float = 10.0
+    tensorboard: Path | None = None
+    say: Callable[[str], None] = _unsaid
 
 
-def train(source: str, recipe: Recipe, out: str | Path, on_epoch: OnEpoch = _unheard) -> Reference:
+def train(
+    source: str,
+    recipe: Recipe,
+    out: str | Path,
+    on_epoch: OnEpoch = _unheard,
+    options: Options | None = None,
+) -> Reference:
     """Train a reference and make a package of it.
 
     Parameters
@@ -92,7 +96,10 @@ def train(source: str, recipe: Recipe, out: str | Path, on_epoch: OnEpoch = _unh
     out
         Folder of the package; it must be new or empty.
     on_epoch
-        Called with the class, the number of epochs done and that of all, before the first epoch and after each.
+        Called with the class, the number of epochs done and that of all, and the metrics of the epoch: before the first
+        epoch (without metrics) and after each.
+    options
+        How the run goes.
 
     Returns
     -------
@@ -102,141 +109,189 @@ def train(source: str, recipe: Recipe, out: str | Path, on_epoch: OnEpoch = _unh
     Raises
     ------
     InputError
-        If anything is wrong with the recipe or the cells; before any training.
+        If anything is wrong with the recipe or the cells; before any training. Or if the loss is no longer a number.
     """
-    folder = Path(out)
+    options = options or Options()
+    folder = _new_folder(Path(out))
+    found = family_of(recipe.family)
+    check_options(recipe, found)
+    _check_run(options)
+    start = Start(recipe.start, found) if recipe.start else None
+    recipe = start.recipe(recipe) if start else recipe
+    stages = _stages(recipe, found, start)
+    with open_source(source_uri(source, recipe)) as opened:
+        pinned, version = opened.uri, opened.version
+    digest = start.reference.digest if start else ""
+    classifies = found.needs.labels == "required"
+    work = Work(folder, recipe, pinned, f"{version}{digest}", classifier=classifies)
+    with work.alone():
+        features = work.check(restart=options.restart)
+        if features is not None:
+            options.say(f"going on with the training in {work.folder}")
+        read = read_cells(source, recipe, features or (start.features if start else None))
+        held = _Held.of(read, recipe) if classifies else _Held.none(read)
+        model, rows = _fit(stages, read, recipe, start, work, on_epoch, options)
+        held.give_back(read, recipe)
+        made = _package(folder, model, found, read, recipe, held, rows, start)
+        work.remove()
+    return made
+
+
+def _new_folder(folder: Path) -> Path:
     if not is_name(folder.name):
         raise InputError(f"'{folder}' ends in no name for a package.", "Name a folder without a dot: --out lung-v1.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"'{folder}' is there and not empty.", "Name a new folder: --out DIR.")
-    found = family_of(recipe.family)
-    if found.name == "SCANVI" and not recipe.labels_key:
-        raise InputError("A SCANVI needs labels, and no labels column is named.", "--labels-key cell_type.")
-    _check_options(recipe, found.name)
-    arguments = _arguments(recipe.settings, found.arguments())
-    cells, pinned, source_version = read_cells(source, recipe)
-    cells = select_genes(cells, recipe)
-    model = _fit(cells, recipe, arguments, on_epoch, classifier=found.name == "SCANVI")
-    provenance = {
-        "source": pinned,
-        "source_version": source_version,
-        "cells": cells.n_obs,
-        "recipe": {name: getattr(recipe, name) for name in recipe.__slots__} | {"settings": dict(recipe.settings)},
-        "software": {name: version(name) for name in ("scvi-tools", "torch", "anndata", "numpy")},
+    return folder
+
+
+def _check_run(options: Options) -> None:
+    if options.checkpoint_minutes < 0:
+        told = f"--checkpoint-minutes {options.checkpoint_minutes:g} is too few"
+        raise InputError(f"{told}.", "At least 0, which is after every epoch.")
+    if options.tensorboard is not None and not any(find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        told = f"--tensorboard {options.tensorboard} needs the package tensorboard, which is not installed"
+        raise InputError(f"{told}.", "pip install tensorboard; or leave it out: metrics.csv is written in any case.")
+
+
+def _stages(recipe: Recipe, found: Family, start: Start | None) -> list[Stage]:
+    """The models to train, one after the other."""
+    first = family_of(found.starts_from) if found.starts_from else found
+    arguments = model_arguments(recipe.settings, found)
+    families = [found] if start or first is found else [first, found]
+    plans = plan_arguments(recipe.plan, families)
+    epochs = [recipe.epochs, recipe.scanvi_epochs] if len(families) > 1 else [recipe.epochs]
+    epochs = [recipe.scanvi_epochs] if start else epochs
+    return [Stage(one, arguments, plan, n) for one, plan, n in zip(families, plans, epochs, strict=True)]
+
+
+def _fit(
+    stages: Sequence[Stage],
+    read: TrainingCells,
+    recipe: Recipe,
+    start: Start | None,
+    work: Work,
+    on_epoch: OnEpoch,
+    options: Options,
+) -> tuple[Any, list[tuple[str, Row]]]:
+    """Train every model, each from the one before; what an earlier run finished is taken from its work folder."""
+    model: Any = start.model(read.cells, recipe) if start else None
+    data = None if model is None else model.adata
+    rows: list[tuple[str, Row]] = []
+    for i, stage in enumerate(stages):
+        if data is None:
+            with quiet():
+                data = stage.family.setup(read.cells, recipe)
+        model = make_model(stage, data, recipe, model)
+        run = Run(
+            on_epoch,
+            work.checkpoint(i),
+            lambda: work.note(read.features),
+            options.checkpoint_minutes,
+            options.tensorboard,
+        )
+        done = work.finished(i)
+        if done is None:
+            fit_model(stage, model, data, recipe, run)
+            work.note(read.features)
+            work.finish(i, {"weights": dict(model.module.state_dict()), "rows": run.rows})
+        else:
+            model.module.load_state_dict(done["weights"])
+            model.module.eval()
+            model.is_trained_ = True
+            run.rows[:] = done["rows"]
+        rows += [(stage.family.name, row) for row in run.rows]
+    model.to_device("cpu")
+    return model, rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Labels that a classifier is not shown.
+
+    Attributes
+    ----------
+    labels
+        All of them, as they were read; None without labels.
+    cells
+        bool, shape ``(n_cells,)``.
+    why_not
+        Why there are none, where calibration needs some.
+    """
+
+    labels: pd.Series | None
+    cells: np.ndarray
+    why_not: str = ""
+
+    @classmethod
+    def none(cls, read: TrainingCells) -> _Held:
+        return cls(None, np.zeros(read.cells.n_obs, np.bool_))
+
+    @classmethod
+    def of(cls, read: TrainingCells, recipe: Recipe) -> _Held:
+        obs, key = read.cells.obs, str(recipe.labels_key)
+        if not recipe.groups:
+            return cls.none(read)
+        labels = obs[key].astype(object)
+        values, groups = labels.to_numpy(), obs[recipe.groups].astype(object).to_numpy()
+        cells, why_not = hold_out(groups, values, recipe.unlabeled_category, recipe.seed)
+        share = cells.sum() / max((values != recipe.unlabeled_category).sum(), 1)
+        if recipe.calibrate_by is None and share > _MOST_HELD:
+            told = f"a group of '{recipe.groups}' holds {share:.0%} of the labels"
+            return cls(None, np.zeros_like(cells), f"{told}; --calibrate-by {recipe.groups} holds one out all the same")
+        if not why_not:
+            obs[key] = labels.where(~cells, recipe.unlabeled_category).astype("category")
+        return cls(labels, cells, why_not)
+
+    def give_back(self, read: TrainingCells, recipe: Recipe) -> None:
+        """Put the true labels back."""
+        if self.labels is not None:
+            read.cells.obs[recipe.labels_key] = self.labels.astype("category")
+
+
+def _package(
+    folder: Path,
+    model: Any,
+    found: Family,
+    read: TrainingCells,
+    recipe: Recipe,
+    held: _Held,
+    rows: Sequence[tuple[str, Row]],
+    start: Start | None,
+) -> Reference:
+    provenance: dict[str, Any] = {
+        "source": read.uri,
+        "source_version": read.version,
+        "cells": read.cells.n_obs,
+        "recipe": recipe.told(),
+        "epochs": {name: int(row["epoch"]) for name, row in rows},
+        "software": software(),
     }
+    if start:
+        provenance["started_from"] = {"name": start.name, "digest": start.reference.digest}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         saved, package = Path(temporary, "saved"), Path(temporary, "package")
-        model.save(str(saved), save_anndata=False)
-        if recipe.labels_key and found.name == "SCVI":  # it knows no unlabelled category, so those cells get no label
-            known = cells.obs[recipe.labels_key]
-            cells.obs[recipe.labels_key] = known.where(known != recipe.unlabeled_category)
-        made = build_package(saved, package, folder.name, cells, provenance)
+        with quiet():
+            model.save(str(saved), save_anndata=False)
+        _write_metrics(rows, Path(temporary, "metrics.csv"))
+        evidence = gather(saved, model, found, read, recipe, held.cells, held.why_not)
+        if recipe.labels_key:  # a package knows a cell without a label by its missing value
+            known = read.cells.obs[recipe.labels_key].astype(object)
+            read.cells.obs[recipe.labels_key] = known.where(known != recipe.unlabeled_category).astype("category")
+        extras = {"metrics.csv": Path(temporary, "metrics.csv"), **evidence.files}
+        made = build_package(
+            saved, package, folder.name, read.cells, provenance | evidence.provenance, extras, recipe.labels_key or ""
+        )
         if folder.exists():
             folder.rmdir()
         shutil.move(made.path, folder)
     return type(made).load(folder)
 
 
-_KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
-    bool: ("True or False", (bool,)),
-    int: ("a whole number", (int,)),
-    float: ("a number", (int, float)),
-    str: ("a name", (str,)),
-}
-"""Type of an argument's default to what it asks for, and the types that will do."""
-
-
-_LEAST = {"genes": 0, "epochs": 1, "scanvi_epochs": 1, "samples_per_label": 1, "batch_size": 2, "loader_workers": 0}
-
-
-def _check_options(recipe: Recipe, family: str) -> None:
-    """Refuse options that training would fail on, or pass over, after the cells were read."""
-    for name, least in _LEAST.items():
-        value = getattr(recipe, name)
-        if value is not None and value < least:
-            raise InputError(f"{_flag(name)} {value} is too few.", f"At least {least}.")
-    if recipe.device not in _DEVICES:
-        raise InputError(f"'{recipe.device}' is not a device to train on.", f"One of {', '.join(_DEVICES)}.")
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no GPU here.", "--device cpu, or auto for a GPU if there is one.")
-    for name in ("samples_per_label", "scanvi_epochs"):
-        value = getattr(recipe, name)
-        if family != "SCANVI" and value is not None:
-            raise InputError(f"{_flag(name)} {value} is for a SCANVI, not for a {family}.", "Leave it out.")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _arguments(told: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Model arguments from text, checked against those that the model takes."""
-    values: dict[str, Any] = {}
-    for name, text in told.items():
-        if name not in known:
-            close = get_close_matches(name, known, n=3) or sorted(known)
-            raise InputError(f"--set {name}={text}: the model takes no '{name}'.", f"It takes: {', '.join(close)}.")
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text
-        default = known[name]
-        wanted = next((kind for kind in _KINDS if type(default) is kind), None)
-        if wanted is not None and type(values[name]) not in _KINDS[wanted][1]:
-            raise InputError(
-                f"--set {name}={text}: '{text}' is not {_KINDS[wanted][0]}.", f"E.g. --set {name}={default}."
-            )
-        if type(default) is int and default > 0 and values[name] < 1:  # a number of layers or of their nodes
-            raise InputError(f"--set {name}={text} is too few.", f"At least 1, e.g. --set {name}={default}.")
-    return values
-
-
-def _fit(cells: AnnData, recipe: Recipe, arguments: Mapping[str, Any], on_epoch: OnEpoch, *, classifier: bool) -> Any:
-    """Train an SCVI, and a SCANVI from it."""
-    import scvi
-
-    setup = {
-        "batch_key": recipe.batch_key,
-        "categorical_covariate_keys": list(recipe.categorical_covariates) or None,
-        "continuous_covariate_keys": list(recipe.continuous_covariates) or None,
-        "size_factor_key": recipe.size_factor_key,
-    }
-    training: dict[str, Any] = {
-        "batch_size": recipe.batch_size,
-        "accelerator": {"cuda": "gpu"}.get(recipe.device, recipe.device),
-        "devices": 1,
-        "enable_progress_bar": False,
-        "logger": False,
-    }
-    before = scvi.settings.dl_num_workers
-    with quiet():
-        scvi.settings.seed = recipe.seed
-        scvi.settings.dl_num_workers = recipe.loader_workers
-        try:
-            scvi.model.SCVI.setup_anndata(cells, labels_key=recipe.labels_key, **setup)
-            try:
-                model = scvi.model.SCVI(cells, **arguments)
-            except (ValueError, TypeError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
-                told = ", ".join(f"--set {name}={value}" for name, value in arguments.items())
-                raise InputError(
-                    f"scvi-tools refuses {told}: {error}.", "See the arguments of scvi.model.SCVI."
-                ) from error
-            model.train(max_epochs=recipe.epochs, callbacks=[_listener("SCVI", on_epoch)], **training)
-            if classifier:
-                model = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category=recipe.unlabeled_category)
-                training["n_samples_per_label"] = recipe.samples_per_label
-                model.train(max_epochs=recipe.scanvi_epochs, callbacks=[_listener("SCANVI", on_epoch)], **training)
-        finally:
-            scvi.settings.dl_num_workers = before
-    return model
-
-
-def _listener(name: str, on_epoch: OnEpoch) -> Any:
-    """A Lightning callback that tells of every epoch."""
-    from lightning.pytorch.callbacks import LambdaCallback
-
-    return LambdaCallback(
-        on_train_start=lambda trainer, _: on_epoch(name, 0, trainer.max_epochs),
-        on_train_epoch_end=lambda trainer, _: on_epoch(name, trainer.current_epoch + 1, trainer.max_epochs),
-    )
+def _write_metrics(rows: Sequence[tuple[str, Row]], path: Path) -> None:
+    names = dict.fromkeys(name for _, row in rows for name in row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["model", *names])
+        writer.writeheader()
+        writer.writerows({"model": model, **row} for model, row in rows)

@@ -69,8 +69,7 @@ def test_labels_and_latents_are_those_of_plain_scvi_tools(five_prime, symphony, 
     query.obs["cell_type"] = "unknown"  # scvi-tools is not shown the query's labels either
     query = query[table["observation_id"].to_pylist()].copy()
     with quiet():
-        template = anndata.read_h5ad(pbmc.path / "template.h5ad")
-        model = scvi.model.SCANVI.load(str(pbmc.path), adata=template)
+        model = scvi.model.SCANVI.load(str(pbmc.export(tmp_path / "model")))
         scvi.model.SCANVI.prepare_query_anndata(query, model)
         loaded = scvi.model.SCANVI.load_query_data(query, model)
         loaded.is_trained = True

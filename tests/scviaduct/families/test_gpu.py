@@ -49,7 +49,7 @@ def test_a_gpu_gives_what_a_cpu_gives(network, cells):
     counts.sort_indices()
     parts = counts.indptr.astype(np.int64), counts.indices.astype(np.int32), counts.data
     covariates = Covariates(batch=rng.integers(0, 3, cells))
-    here, there = VaeEncoder(network, "cpu"), VaeEncoder(network, "cuda")
+    here, there = (VaeEncoder({"latent": network}, device) for device in ("cpu", "cuda"))
     expected, found = here.encode(*parts, covariates), there.encode(*parts, covariates)
     for name in ("mean", "location", "variance"):
         a, b = getattr(expected, name), getattr(found, name)

@@ -12,7 +12,8 @@ from scvi.module import Classifier
 from scvi.nn import Encoder
 
 from scviaduct.errors import PackageError, UnsupportedModelError
-from scviaduct.families.network import Network, fold_encoder, fold_layers, fold_linear
+from scviaduct.families.folding import fold_encoder, fold_layers, fold_linear
+from scviaduct.families.network import Bundle
 from scviaduct.families.sparse import SparseEncoder
 
 GENES = 40
@@ -47,8 +48,8 @@ def encode(found, counts, codes=()):
 )
 def test_what_is_read_back_computes_the_same_to_the_bit(kwargs, tmp_path):
     made = network(**kwargs)
-    made.save(tmp_path / "n.safetensors")
-    found = Network.load(tmp_path / "n.safetensors")
+    Bundle({"z": made}).save(tmp_path / "n.safetensors")
+    found = Bundle.load(tmp_path / "n.safetensors").networks["z"]
     codes = [torch.arange(8) % 3, torch.zeros(8, dtype=torch.int64)] if "n_cat_list" in kwargs else []
     for before, after in zip(encode(made, cells(), codes), encode(found, cells(), codes), strict=True):
         assert torch.equal(before, after)
@@ -57,7 +58,7 @@ def test_what_is_read_back_computes_the_same_to_the_bit(kwargs, tmp_path):
 
 def test_the_same_network_gives_the_same_file(tmp_path):
     for name in ("a", "b"):
-        network(n_layers=2, n_cat_list=[4]).save(tmp_path / name)
+        Bundle({"z": network(n_layers=2, n_cat_list=[4])}).save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -96,12 +97,12 @@ def test_a_function_without_a_name_is_refused():
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64, b'{"a": 1}'])
 def test_what_is_no_network_is_refused(content, tmp_path):
     (tmp_path / "n.safetensors").write_bytes(content)
-    with pytest.raises(PackageError, match=r"holds no network.*Add the reference again"):
-        Network.load(tmp_path / "n.safetensors")
+    with pytest.raises(PackageError, match=r"holds no encoder.*Add the reference again"):
+        Bundle.load(tmp_path / "n.safetensors").networks["z"]
 
 
 def test_reading_needs_no_scvi_tools(tmp_path):
-    network().save(tmp_path / "n.safetensors")
+    Bundle({"z": network()}).save(tmp_path / "n.safetensors")
     code = (
         "import sys; from pathlib import Path; import scviaduct.families as f;"
         f"f.family('SCVI').open(Path({str(tmp_path / 'n.safetensors')!r}), 'cpu');"

@@ -17,10 +17,11 @@ import scvi
 import torch
 from scipy import sparse
 
-from scviaduct.families import FAMILIES, Covariates
+from scviaduct.families import Covariates
+from scviaduct.families import family as family_of
 from scviaduct.families.vae import quiet
 from scviaduct.mapping.genes import match_genes
-from scviaduct.references.archive import read_model_file
+from scviaduct.references.saved.archive import read_model_file
 from scviaduct.references.template import make_template
 from scviaduct.values import GeneTable
 
@@ -145,10 +146,11 @@ def carried(query, folder, family):
 def ours(folder, family, tmp_path):
     """Facts and encoder, by way of the file that a package holds."""
     saved = read_model_file(folder / "model.pt")
-    facts = FAMILIES[family].facts(saved)
-    made = FAMILIES[family].load(saved, make_template(saved, facts), "cpu")
+    found = family_of(family)
+    facts = found.facts(saved)
+    made = found.load(saved, make_template(facts), "cpu")
     made.save(tmp_path / "encoder.safetensors")
-    return facts, FAMILIES[family].open(tmp_path / "encoder.safetensors", "cpu")
+    return facts, found.open(tmp_path / "encoder.safetensors", "cpu")
 
 
 def csr(matrix):
@@ -288,7 +290,7 @@ def test_genes_of_the_query(pbmc, plain, genes):
     if genes in ("permuted", "all of it"):
         query = query[:, rng.permutation(query.n_vars)].copy()
 
-    target = match_genes(GeneTable({"index": tuple(query.var_names)}), GeneTable({"index": facts.genes})).target
+    target = match_genes(GeneTable({"index": tuple(query.var_names)}), facts.genes).target
     kept = np.flatnonzero(target >= 0)
     into = sparse.csr_matrix((np.ones(len(kept), np.float32), (kept, target[kept])), (query.n_vars, len(facts.genes)))
     found = encoder.encode(*csr(query.X @ into), Covariates())

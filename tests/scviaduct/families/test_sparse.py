@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from scvi.nn import Encoder
 
-from scviaduct.families.network import fold_encoder
+from scviaduct.families.folding import fold_encoder
 from scviaduct.families.sparse import SparseEncoder
 
 GENES, LATENT = 500, 10

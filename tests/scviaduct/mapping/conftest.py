@@ -51,7 +51,7 @@ def trained(make_cells, tmp_path_factory):
     make_cells(240, 0).write_h5ad(folder / "reference.h5ad")
 
     def make(name, family, **recipe):
-        wanted = Recipe(family, genes=0, epochs=1, scanvi_epochs=1 if family == "scanvi" else None, device="cpu")
+        wanted = Recipe(family=family, genes=0, epochs=1, scanvi_epochs=1 if family == "scanvi" else None, device="cpu")
         return train(str(folder / "reference.h5ad"), replace(wanted, **recipe), folder / name)
 
     return make

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -37,14 +39,20 @@ def joined(mappings):
     return {field: np.concatenate([getattr(mapping, field) for mapping in mappings]) for field in fields}
 
 
+def exported(reference):
+    """The model as scvi-tools loads it."""
+    return str(reference.export(Path(tempfile.mkdtemp()) / "model"))
+
+
 def surgery(reference, query):
     """scvi-tools' own way: load the query into the reference; nothing is trained, since no weight can move a latent."""
     with quiet():
         query = query.copy()
         query.obs["cell_type"] = "unknown"
         model_class = getattr(scvi.model, reference.family)
-        model_class.prepare_query_anndata(query, str(reference.path))
-        model = model_class.load_query_data(query, str(reference.path), accelerator="cpu")
+        folder = exported(reference)
+        model_class.prepare_query_anndata(query, folder)
+        model = model_class.load_query_data(query, folder, accelerator="cpu")
         model.is_trained = True
         latent = model.get_latent_representation()
         if reference.family != "SCANVI":
@@ -263,7 +271,7 @@ def test_a_latent_that_is_not_finite_names_its_cell(blocks, write, make_cells, s
 def by_loading(reference, query):
     """scvi-tools' latents of cells whose batches and covariates the model knows."""
     with quiet():
-        model = scvi.model.SCVI.load(str(reference.path), query.copy(), accelerator="cpu")
+        model = scvi.model.SCVI.load(exported(reference), query.copy(), accelerator="cpu")
         return model.get_latent_representation()
 
 

@@ -16,8 +16,17 @@ from scviaduct.references.package import Reference
 from scviaduct.sources import open_source
 from scviaduct.values import ColumnSummary, GeneTable, Scan, Settings
 
-REFERENCE = Reference(Path("nowhere"), "pbmc", "d" * 32, "SCANVI", "1.5.1", GeneTable({"index": ("A",)}), 10, False)
-SETTINGS = Settings({"tissue": "string", "age": "double"}, 1.0, "donor", 15)
+REFERENCE = Reference(
+    path=Path("nowhere"),
+    name="pbmc",
+    digest="d" * 32,
+    family="SCANVI",
+    scvi_version="1.5.1",
+    genes=GeneTable({"index": ("A",)}),
+    n_latent=10,
+    encode_covariates=False,
+)
+SETTINGS = Settings({"tissue": "string", "age": "double"}, 1.0, "donor", neighbors=15)
 
 
 def plan_of(uri, reference=REFERENCE, settings=SETTINGS, accepted=(), shard_cells=25):
@@ -58,10 +67,10 @@ from scviaduct.references.package import Reference
 from scviaduct.sources import open_source
 from scviaduct.values import GeneTable, Settings
 
-reference = Reference(
-    Path("elsewhere"), "pbmc", "{REFERENCE.digest}", "SCANVI", "1.5.1", GeneTable({{"index": ("A",)}}), 10, False
-)
-settings = Settings({{"age": "double", "tissue": "string"}}, 1.0, "donor", 15)
+genes = GeneTable({{"index": ("A",)}})
+told = {{"family": "SCANVI", "scvi_version": "1.5.1", "genes": genes, "n_latent": 10, "encode_covariates": False}}
+reference = Reference(path=Path("elsewhere"), name="pbmc", digest="{REFERENCE.digest}", **told)
+settings = Settings({{"age": "double", "tissue": "string"}}, 1.0, "donor", neighbors=15)
 with open_source(sys.argv[1]) as source:
     plan = make_plan(source, source.scan(25), reference, settings)
 print(plan.run, *(unit.id for unit in plan.units))
@@ -77,6 +86,7 @@ print(plan.run, *(unit.id for unit in plan.units))
         replace(SETTINGS, keep_obs={"tissue": "string", "age": "string"}),
         replace(SETTINGS, ambiguous_entropy=0.9),
         replace(SETTINGS, batch_key=""),
+        replace(SETTINGS, sample_key="donor"),
         replace(SETTINGS, neighbors=14),
     ],
 )
@@ -88,7 +98,7 @@ def test_any_setting_makes_other_units(write, make_cells, changed):
 
 
 def test_every_field_of_the_settings_is_tried():
-    assert list(Settings.__slots__) == ["keep_obs", "ambiguous_entropy", "batch_key", "neighbors"]
+    assert list(Settings.__slots__) == ["keep_obs", "ambiguous_entropy", "batch_key", "sample_key", "neighbors"]
 
 
 def test_another_reference_makes_other_units_and_another_name_does_not(write, make_cells):

@@ -16,6 +16,7 @@ from scviaduct.mapping import checks, preflight
 from scviaduct.mapping.genes import match_genes
 from scviaduct.mapping.mapper import Mapper, model_columns
 from scviaduct.mapping.reading import read_block
+from scviaduct.references.saved.portable import read_model
 from scviaduct.sources import open_source
 from scviaduct.values import ColumnSummary, GeneTable, Settings, Shard
 
@@ -79,7 +80,7 @@ def test_real_cells_of_another_chemistry_fit(check, symphony, pbmc):
 
 def saved_influence(reference):
     """Norms of the first layer's weights, scaled by its batch normalisation, as torch itself reads the saved model."""
-    saved = torch.load(reference.path / "model.pt", weights_only=False)["model_state_dict"]
+    saved = read_model(reference.path).state_dict
     layer = "z_encoder.encoder.fc_layers.Layer 0"
     scale = saved[f"{layer}.1.weight"] / torch.sqrt(saved[f"{layer}.1.running_var"] + 1e-3)  # eps of scvi-tools
     return (saved[f"{layer}.0.weight"] * scale[:, None])[:, :40].norm(dim=0).numpy()
@@ -445,7 +446,7 @@ def test_the_query_s_own_labels_are_noted(check, make_cells, scanvi):
 
 def test_labels_of_a_reference_without_a_classifier(check, make_cells, conditional):
     assert "nearest labelled cells" in finding(check(make_cells(), conditional), "labels").message
-    bare = finding(check(make_cells(), replace(conditional, has_latents=False)), "labels")
+    bare = finding(check(make_cells(), replace(conditional, files=())), "labels")
     assert (bare.level, bare.message) == ("warn", "The reference has no labels: every label will be null.")
 
 

@@ -24,7 +24,8 @@ def empty_cache(monkeypatch):
 def reference(make_cells, tmp_path):
     """A reference of every second gene in reverse order and of one that no query has; the model is not touched."""
     genes = (*reversed(make_cells().var_names[::2]), "ENSG99999999999")
-    return Reference(tmp_path, "odd", "d" * 32, "SCVI", "1.5.1", GeneTable({"index": genes}), 10, False)
+    facts = {"genes": GeneTable({"index": genes}), "n_latent": 10, "encode_covariates": False, "scvi_version": "1.5.1"}
+    return Reference(path=tmp_path, name="odd", digest="d" * 32, family="SCVI", **facts)
 
 
 def as_array(block):

@@ -16,7 +16,14 @@ from scviaduct.references.building import build_package
 from scviaduct.references.manifest import file_digest, manifest_digest, read_manifest
 from scviaduct.references.package import Reference
 
-FILES = ["model.pt", "encoder.safetensors", "template.h5ad", "latents.parquet"]
+FILES = [
+    "model.safetensors",
+    "model.json",
+    "encoder.safetensors",
+    "template.h5ad",
+    "latents.parquet",
+    "statistics.safetensors",
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +78,7 @@ def test_verify_finds_a_changed_file(copy, name, change):
     [
         ("encoder.safetensors", Reference.encoder),
         ("latents.parquet", Reference.latents),
+        ("statistics.safetensors", Reference.statistics),
     ],
 )
 def test_readers_find_a_changed_file(copy, name, read):
@@ -117,14 +125,14 @@ def test_a_changed_size_or_digest_is_found_by_load(copy, name):
         Reference.load(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 2}', "\udcff"])
 def test_a_manifest_that_cannot_be_read(copy, text):
     (copy / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(PackageError, match=r"manifest.json cannot be read .*Add the reference again"):
         Reference.load(copy)
 
 
-@pytest.mark.parametrize("key", ["name", "notes", "provenance"])
+@pytest.mark.parametrize("key", ["name", "notes", "repairs", "provenance"])
 def test_a_manifest_that_is_not_whole(copy, key):
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest[key]
@@ -152,6 +160,12 @@ ABSENT = object()
         ("labels", [1]),
         ("batch_key", None),
         ("encode_covariates", 0),
+        ("modalities", [["rna", 39]]),
+        ("modalities", [["rna", "40"]]),
+        ("modalities", ABSENT),
+        ("latent_sizes", {"latent": 5}),
+        ("latent_sizes", {}),
+        ("sample_categories", None),
         ("categorical_covariates", {"donor": "d1"}),
     ],
 )
@@ -169,9 +183,9 @@ def test_facts_that_are_not_whole(copy, key, value):
         ("facts", []),
         ("facts", None),
         ("family", 1),
-        ("files", ["model.pt"]),
-        ("files", {"model.pt": "00"}),
-        ("files", {"model.pt": {"digest": "00"}}),
+        ("files", ["model.json"]),
+        ("files", {"model.json": "00"}),
+        ("files", {"model.json": {"digest": "00"}}),
         ("template_latent", []),
         ("template_latent", [[0.5]]),
         ("template_latent", [["a", "b", "c", "d"]]),
@@ -231,8 +245,8 @@ def test_names_of_any_folder(copy, name):
 
 
 def test_a_later_format(copy):
-    (copy / "manifest.json").write_text('{"format": 2}')
-    with pytest.raises(PackageError, match=r"has format 2, this version reads 1\."):
+    (copy / "manifest.json").write_text('{"format": 3}')
+    with pytest.raises(PackageError, match=r"has format 3, this version reads 2\."):
         Reference.load(copy)
 
 
@@ -246,7 +260,7 @@ def test_files_of_a_manifest_lie_in_its_folder(copy, tmp_path, name):
     """Copying such a package would read or write elsewhere."""
     (tmp_path / "outside").write_text("x")
     files = read_manifest(copy)["files"]
-    rewrite(copy, files=files | {name: files["model.pt"]})
+    rewrite(copy, files=files | {name: files["model.json"]})
     with pytest.raises(PackageError, match=r"which is not in its folder\. Do not use this package"):
         build_package(copy, tmp_path / "other" / "out", "out")
     assert not (tmp_path / "other").exists()

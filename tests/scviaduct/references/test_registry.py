@@ -97,7 +97,7 @@ def test_broken_packages_hide_no_others(registry, two):
     assert registry.broken() == {}
     for name in ("a", "b", "c", "d"):
         registry.add(two[0].path, name)
-    (registry.get("a").path / "manifest.json").write_text('{"format":1}')
+    (registry.get("a").path / "manifest.json").write_text('{"format":2}')
     (registry.get("c").path / "manifest.json").unlink()
     assert [reference.name for reference in registry.list()] == ["b", "d"]
     broken = registry.broken()

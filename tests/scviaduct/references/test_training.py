@@ -11,7 +11,7 @@ import scvi
 import torch
 
 from scviaduct.errors import InputError, ScviaductError
-from scviaduct.references.archive import read_model_file
+from scviaduct.references.saved.portable import read_model
 from scviaduct.references.training import Recipe, train
 
 
@@ -35,7 +35,8 @@ SMALL = {"layer": "counts", "genes": 0, "epochs": 1, "device": "cpu", "settings"
 
 def recipe(family="scvi", **told):
     told = SMALL | told
-    return Recipe(family=family, **told | {"settings": SMALL["settings"] | dict(told["settings"])})
+    settings = SMALL["settings"] | dict(told["settings"]) if family not in ("mrvi", "contrastivevi") else {}
+    return Recipe(family=family, **told | {"settings": settings})
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_options_of_a_scvi(source, tmp_path, calls, cells):
     assert made.genes.columns["index"] == tuple(cells.var_names)
     assert made.genes.columns["symbol"] == tuple(cells.var["symbol"])
     assert made.verify().ok
-    saved = read_model_file(made.path / "model.pt")
+    saved = read_model(made.path)
     given = saved.attr_dict["init_params_"]["non_kwargs"]
     assert (given["n_layers"], given["n_latent"], given["n_hidden"]) == (2, 3, 8)
     assert (given["dispersion"], given["dropout_rate"]) == ("gene-batch", 0)
@@ -140,7 +141,7 @@ def test_a_seed_is_repeated(source, tmp_path):
     states = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         made = train(source, recipe(seed=seed, batch_key="batch"), tmp_path / name)
-        states.append((made.latents().latent, read_model_file(made.path / "model.pt").state_dict))
+        states.append((made.latents().latent, read_model(made.path).state_dict))
     (one, weights), (same, same_weights), (other, _) = states
     assert np.array_equal(one, same)
     assert all(torch.equal(weights[key], same_weights[key]) for key in weights)
@@ -169,8 +170,13 @@ def test_genes_keep_their_order_and_counts(source, tmp_path, cells, genes, expec
 
 # Arguments of the recipe, what the message names, how it ends.
 WRONG = {
-    "family": ({"family": "scvii"}, "'scvii'", "Known: SCVI, SCANVI."),
-    "later family": ({"family": "totalvi"}, "'totalvi'", "Known: SCVI, SCANVI."),
+    "family": ({"family": "scvii"}, "'scvii'", "POISSONVI, SCANVI, SCVI, TOTALVI."),
+    "no proteins": (
+        {"family": "totalvi"},
+        "A TOTALVI needs protein features, and the source has rna.",
+        "proteins=KEY names the element of obsm that holds them, modality=rna,NAME:protein the modality of a .h5mu.",
+    ),
+    "no peaks": ({"family": "multivi"}, "A MULTIVI needs atac or protein features, and the source has rna.", None),
     "no labels": ({"family": "scanvi"}, "no labels column is named", "--labels-key cell_type."),
     "batch column": ({"batch_key": "batches"}, "'batches'", "There are: batch."),
     "labels column": ({"family": "scanvi", "labels_key": "celltype"}, "'celltype'", "There are: cell_type."),
@@ -228,6 +234,73 @@ WRONG = {
         {"samples_per_label": 5},
         "--samples-per-label 5 is for a SCANVI, not for a SCVI",
         "Leave it out.",
+    ),
+    "share": ({"train_size": 1.5}, "--train-size 1.5 is no such share", "above 0 and at most 1, e.g. 0.1."),
+    "no share": ({"validation_size": 1.0}, "--validation-size 1.0", "from 0 and below 1, e.g. 0.1."),
+    "shares": (
+        {"train_size": 0.8, "validation_size": 0.5},
+        "--train-size 0.8 and --validation-size 0.5 are more than all cells",
+        "e.g. 0.8 and 0.2.",
+    ),
+    "nothing to stop by": (
+        {"early_stopping": True, "train_size": 1.0},
+        "--train-size 1 leaves none",
+        "E.g. --train-size 0.9.",
+    ),
+    "patience for nothing": (
+        {"early_stopping": False, "patience": 3},
+        "--patience without early stopping",
+        "Add --early-stopping.",
+    ),
+    "no patience": ({"patience": 0}, "--patience 0 is too few", "At least 1."),
+    "precision": ({"precision": "8"}, "'8' is not a precision", "One of 32-true, 16-mixed, bf16-mixed."),
+    "plan": ({"plan": {"lrs": "1"}}, "--plan lrs=1: the training plan takes no 'lrs'", None),
+    "text for a rate": ({"plan": {"lr": "fast"}}, "'fast' is not a number", "E.g. --plan lr=0.001."),
+    "no rate": ({"plan": {"lr": "0"}}, "--plan lr=0 does not learn", "e.g. --plan lr=0.001."),
+    "optimiser": ({"plan": {"optimizer": "SGD"}}, "--plan optimizer=SGD", "One of Adam, AdamW, Custom."),
+    "a plan of another class": (
+        {"plan": {"classification_ratio": "10"}},
+        "takes no 'classification_ratio'",
+        None,
+    ),
+    "sample of a scvi": (
+        {"sample_key": "donor"},
+        "--sample-key donor: a SCVI does not read it",
+        "Leave the option out.",
+    ),
+    "background of a scvi": ({"background": ("donor=d1",)}, "--background donor=d1: a SCVI does not read it", None),
+    "covariates of a mrvi": (
+        {"family": "mrvi", "sample_key": "donor", "categorical_covariates": ("batch",), "settings": {}},
+        "--categorical-covariates batch: a MRVI does not read it",
+        None,
+    ),
+    "no sample": ({"family": "mrvi", "settings": {}}, "no column of them is named", "Name one: --sample-key donor."),
+    "no background": (
+        {"family": "contrastivevi"},
+        "needs background cells (controls), and none are named",
+        "--background perturbation=control.",
+    ),
+    "half a background": (
+        {"family": "contrastivevi", "background": ("donor",)},
+        "--background donor: it is not a column and a value",
+        "E.g. --background perturbation=control.",
+    ),
+    "background of nobody": ({"family": "contrastivevi", "background": ("donor=d9",)}, "d9", None),
+    "calibration of nothing": (
+        {"calibrate_by": "donor"},
+        "--calibrate-by donor measures how sure labels are, and there are none",
+        "--labels-key cell_type.",
+    ),
+    "calibration by no column": (
+        {"calibrate_by": "donors", "labels_key": "cell_type"},
+        "'donors'",
+        "There are: donor.",
+    ),
+    "a start for a scvi": ({"start": "pbmc"}, "--from pbmc: a SCVI is trained from nothing", "Leave it out."),
+    "a start that is not there": (
+        {"family": "scanvi", "labels_key": "cell_type", "start": "nowhere"},
+        "nowhere",
+        None,
     ),
     "epochs of a scanvi": ({"scanvi_epochs": 5}, "--scanvi-epochs 5 is for a SCANVI, not for a SCVI", "Leave it out."),
 }

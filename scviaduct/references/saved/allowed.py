@@ -42,6 +42,13 @@ class Storage:
     flat: torch.Tensor
 
 
+def _parameter(data: torch.Tensor, *_: Any) -> torch.Tensor:
+    """``torch._utils._rebuild_parameter``: the tensor, as ``state_dict`` gives it."""
+    if not isinstance(data, torch.Tensor):
+        raise TypeError("a parameter that is no tensor")
+    return data
+
+
 class _Array:
     """Stands for ``numpy.ndarray`` as an argument; it cannot be called or instantiated by a pickle."""
 
@@ -49,9 +56,14 @@ class _Array:
 _ARRAY = _Array()
 
 
+_HUGE = 1 << 62
+_DIMENSIONS = 32
+
+
 def _tensor(storage: Storage, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> torch.Tensor:
     """``torch._utils._rebuild_tensor_v2`` with checked bounds: a view never leaves its storage."""
-    whole = all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)) and len(size) == len(stride)
+    whole = all(isinstance(n, int) and 0 <= n < _HUGE for n in (offset, *size, *stride))
+    whole = whole and len(size) == len(stride) <= _DIMENSIONS
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=False)) if whole else -1
     if not whole or (math.prod(size) > 0 and last >= storage.flat.numel()):
         raise ValueError("a tensor lies outside of its storage")
@@ -95,16 +107,31 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode(encoding)
 
 
-def _bytes(*data: bytes) -> bytes:
+def _bytes(data: bytes = b"") -> bytes:
     """``bytes`` of nothing or of bytes; ``bytes(10**12)`` would allocate as much."""
-    return b"".join(data)
+    if not isinstance(data, bytes):
+        raise TypeError("bytes that are made of something else")
+    return data
+
+
+_RANGE = frozenset({"start", "stop", "step"})
 
 
 def _index(_kind: Any, state: dict[str, Any]) -> pd.Index:
     """``pandas.core.indexes.base._new_Index``: a plain index of its data, a range of its bounds."""
-    if {"start", "stop", "step"} <= state.keys():
-        return pd.RangeIndex(state["start"], state["stop"], state["step"], name=state.get("name"))
-    index: pd.Index = pd.Index(state["data"], name=state.get("name"))
+    # pandas asks a list of lists for its shape, and a name for its hash: both may take for ever.
+    name = state.get("name")
+    if not isinstance(name, str | int | None):
+        raise TypeError("an index whose name is not plain")
+    if state.keys() >= _RANGE:
+        start, stop, step = bounds = [state[key] for key in ("start", "stop", "step")]
+        if not all(type(bound) is int and abs(bound) < _HUGE for bound in bounds):
+            raise TypeError("a range without bounds")
+        return pd.RangeIndex(start, stop, step, name=name)
+    data = state["data"]
+    if not isinstance(data, np.ndarray) or data.ndim != 1:
+        raise TypeError("an index that is not made of an array of one dimension")
+    index: pd.Index = pd.Index(data, name=name)
     return index
 
 
@@ -146,7 +173,7 @@ def _fill(array: Any, version: Any, shape: Any, dtype: Any, fortran: Any, data: 
     """Fill an array that :func:`_array` made, once: memory that something views is never given back."""
     if array.shape != (0,) or array.dtype != np.int8:
         raise ValueError("an array that is filled twice")
-    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and 0 <= n < _HUGE for n in shape):
         raise ValueError("an array without a shape")
     expected = math.prod(shape) * (1 if dtype.hasobject else dtype.itemsize)
     if not isinstance(data, list if dtype.hasobject else bytes) or len(data) != expected:
@@ -163,7 +190,10 @@ _TABLE: dict[tuple[str, str], Any] = {
     ("builtins", "bytes"): _bytes,
     ("_codecs", "encode"): _encode,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    # TOTALVI.convert_legacy_save puts a parameter among the tensors.
+    ("torch._utils", "_rebuild_parameter"): _parameter,
     ("numpy", "ndarray"): _ARRAY,
+    ("numpy", "matrix"): _ARRAY,  # the protein mask of a model that was set up from sparse proteins
     ("numpy", "dtype"): _dtype,
     **{(module, "_reconstruct"): _array for module in _NUMPY},
     **{(module, "scalar"): _scalar for module in _NUMPY},

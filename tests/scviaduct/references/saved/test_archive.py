@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from scviaduct.errors import UnsafeModelError
-from scviaduct.references.archive import read_archive, read_model_file
+from scviaduct.references.saved.archive import read_archive, read_model_file
 
 CELLS, GENES = 4, 3
 
@@ -157,7 +157,7 @@ NAMES = {
     ),
     "globals of ours": (named("torch._utils", "_rebuild_tensor_v2.__globals__") + b".", "__globals__"),
     "a module of a module": (named("torch", "os.system") + b"(tR.", "torch.os.system"),
-    "a relative of an allowed one": (named("torch._utils", "_rebuild_parameter") + b".", "_rebuild_parameter"),
+    "a relative of an allowed one": (named("torch._utils", "_rebuild_qtensor") + b".", "_rebuild_qtensor"),
     "the untyped storage": (named("torch", "UntypedStorage") + b".", "torch.UntypedStorage"),
     "wide letters": (b"\x80\x04" + text("\uff4f\uff53") + text("system") + b"\x93.", "\uff4f\uff53.system"),
     "an invisible letter": (
@@ -504,10 +504,10 @@ CENTRAL = b"PK\x01\x02"
     ("offset", "layout", "value", "why"),
     [
         (8, "<H", 0x1, "is encrypted"),
-        (20, "<II", (1 << 30, 1 << 30), "its members claim more bytes than the file has"),
+        (20, "<II", (1 << 30, 1 << 30), "lies in another one"),
         (24, "<I", 1 << 30, "is compressed"),
         (6, "<H", 99, "it is not a whole zip archive"),
-        (42, "<I", 7, "Bad magic number"),
+        (42, "<I", 7, "before its first member"),
     ],
     ids=["encrypted", "claims more than there is", "claims to grow", "of a later zip", "begins elsewhere"],
 )

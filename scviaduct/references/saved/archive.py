@@ -8,18 +8,19 @@ taken, its pickle resolves names through an exact table, and tensors are built f
 
 from __future__ import annotations
 
-import pickle
-import reprlib
+import io
+import stat
 import struct
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, override
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scviaduct.errors import UnsafeModelError
-from scviaduct.references.allowed import STORAGES, Storage, resolve, set_state
+from scviaduct.references.saved.unpickler import Unpickler
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +30,8 @@ MAX_BYTES = 16 << 30
 _MAX_PICKLE = 1 << 30
 _MAX_MEMBERS = 100_000
 _BEGINNING = b"PK\x03\x04"
+_HEADER, _FULL = 30, 0xFFFFFFFF
+_END = struct.Struct("<4sHHHHIIH")
 _TORCHSCRIPT = ("constants.pkl", "code/", "attributes.pkl")
 
 
@@ -82,10 +85,7 @@ def read_archive(path: Path) -> Any:
     UnsafeModelError
         See :func:`read_model_file`.
     """
-    if not path.is_file():
-        raise _refuse(path, "there is no such file")
-    if path.stat().st_size > MAX_BYTES:
-        raise _refuse(path, f"it has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,}")
+    _check_file(path, MAX_BYTES)
     with path.open("rb") as file:
         if file.read(4) != _BEGINNING:  # zipfile would find an archive behind anything; torch looks here
             raise _refuse(path, "it is not a zip archive (but a bare pickle, a tar or anything else)")
@@ -95,6 +95,26 @@ def read_archive(path: Path) -> Any:
     # zipfile has no end of exceptions for broken headers: NotImplementedError, UnicodeDecodeError, struct.error, ...
     except (zipfile.BadZipFile, RuntimeError, ValueError, OSError, EOFError, struct.error) as error:
         raise _refuse(path, f"it is not a whole zip archive: {error}") from error
+
+
+def read_pickle(path: Path) -> Any:
+    """Read a bare pickle (``attr.pkl`` of scvi-tools before 0.15) with an exact table of names.
+
+    Raises
+    ------
+    UnsafeModelError
+        If it names something that is not on the table, or is no pickle. Nothing in it was executed.
+    """
+    _check_file(path, _MAX_PICKLE)
+    with path.open("rb") as file:
+        return Unpickler(file, partial(_refuse, path)).read()
+
+
+def _check_file(path: Path, largest: int) -> None:
+    if not path.is_file():
+        raise _refuse(path, "there is no such file")
+    if path.stat().st_size > largest:
+        raise _refuse(path, f"it has {path.stat().st_size:,} bytes, more than {largest:,}")
 
 
 def _refuse(path: Path, reason: str) -> UnsafeModelError:
@@ -130,13 +150,33 @@ class _Archive:
             raise _refuse(self._path, f"it is a TorchScript archive, which holds code ({script[0]})")
         for member in members:
             self._check_member(member)
+        self._check_layout(members)
         if f"{root}/data.pkl" not in names:
             raise _refuse(self._path, "it has no data.pkl")
         if "byteorder" in inner and self._archive.read(f"{root}/byteorder") != b"little":
             raise _refuse(self._path, "it was written on a big-endian machine")
-        if sum(member.file_size for member in members) > self._path.stat().st_size:
-            raise _refuse(self._path, "its members claim more bytes than the file has")
         return root
+
+    def _check_layout(self, members: list[zipfile.ZipInfo]) -> None:
+        """One file to every reader: nothing before the first member, none in another, and one directory behind them."""
+        if min(member.header_offset for member in members) != 0 or self._archive.comment:
+            raise _refuse(self._path, "it holds something before its first member or behind its last")
+        start = self._archive.start_dir
+        members = sorted(members, key=lambda member: member.header_offset)
+        ends = [*(member.header_offset for member in members[1:]), start]
+        for member, end in zip(members, ends, strict=True):
+            if member.header_offset + _HEADER + len(member.orig_filename) + member.file_size > end:
+                raise _refuse(self._path, f"member '{member.filename}' lies in another one")
+            with self._archive.open(member):  # compares its name with that in its own header
+                pass
+        with self._path.open("rb") as file:
+            file.seek(-_END.size, 2)
+            signature, _, _, _, entries, size, offset, _ = _END.unpack(file.read())
+            room = file.tell() - _END.size - start
+        # Each number may be in the record of 64 bits instead, which torch always writes.
+        whole = entries in (len(members), 0xFFFF) and offset in (start, _FULL) and (size <= room or size == _FULL)
+        if signature != b"PK\x05\x06" or not whole:
+            raise _refuse(self._path, "it has two directories")
 
     def _check_member(self, member: zipfile.ZipInfo) -> None:
         name = member.filename
@@ -146,19 +186,15 @@ class _Archive:
             raise _refuse(self._path, f"member '{name}' is compressed")
         if member.flag_bits & 0x1:
             raise _refuse(self._path, f"member '{name}' is encrypted")
+        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+            raise _refuse(self._path, f"member '{name}' is a link or a device")
 
     def load(self) -> Any:
         member = self._archive.getinfo(f"{self._root}/data.pkl")
         if member.file_size > _MAX_PICKLE:
             raise _refuse(self._path, f"its pickle has {member.file_size:,} bytes")
-        try:
-            with self._archive.open(member) as file:
-                return _Unpickler(file, self).load()
-        except UnsafeModelError:
-            raise
-        # A pickle from a stranger can break the machine that reads it in any way; whatever it raises is a refusal.
-        except Exception as error:
-            raise _refuse(self._path, f"its pickle cannot be read ({type(error).__name__}: {error})") from error
+        # From memory: a member of a zip is read in Python, byte by byte, which takes twice as long.
+        return Unpickler(io.BytesIO(self._archive.read(member)), self.refuse, self.storage).read()
 
     def refuse(self, reason: str) -> UnsafeModelError:
         return _refuse(self._path, reason)
@@ -176,42 +212,3 @@ class _Archive:
         if self._storages[key].dtype != dtype:
             raise self.refuse(f"storage {key} is read as two types")
         return self._storages[key]
-
-
-# The unpickler that is written in Python: the one written in C sets states unchecked, and takes 64 GiB for nine bytes
-# (an entry of the memo at 2**32). The pickle of a model is read in 30 ms all the same.
-_PurePython: Any = vars(pickle)["_Unpickler"]
-_NEVER_WRITTEN = (
-    pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER
-)  # fmt: skip
-"""Operations that go past :meth:`_Unpickler.find_class` or allocate what they claim; ``torch.save`` writes none."""
-
-
-class _Unpickler(_PurePython):
-    """Resolves names through the table, and storages through the archive."""
-
-    def __init__(self, file: Any, archive: _Archive) -> None:
-        super().__init__(file, encoding="utf-8")
-        self._zip = archive
-
-    @override
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        found = resolve(module_name, global_name)
-        if found is None:
-            raise self._zip.refuse(f"it names {module_name}.{global_name}, which no scvi-tools model needs")
-        return found
-
-    @override
-    def persistent_load(self, pid: Any) -> Storage:
-        kind, storage_type, key, _location, numel = pid
-        if kind != "storage" or storage_type not in STORAGES.values() or not isinstance(numel, int):
-            raise self._zip.refuse(f"it refers to {reprlib.repr(pid)}")
-        return Storage(self._zip.storage(storage_type, str(key), numel))
-
-    def _build(self) -> None:
-        state = self.stack.pop()
-        set_state(self.stack[-1], state)
-
-    dispatch = {
-        code: operation for code, operation in _PurePython.dispatch.items() if bytes([code]) not in _NEVER_WRITTEN
-    } | {pickle.BUILD[0]: _build}
