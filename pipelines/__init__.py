@@ -11,6 +11,7 @@ from typing import Any
 
 _CALLS = {
     "check": "pipelines.preflight",
+    "choose": "pipelines.choosing",
     "demo": "pipelines.demo",
     "export": "pipelines.exporting",
     "map": "pipelines.mapping",
@@ -18,7 +19,7 @@ _CALLS = {
     "status": "pipelines.reporting",
     "train": "pipelines.training",
 }
-__all__ = ["check", "demo", "export", "map", "reference", "search", "status", "train"]
+__all__ = ["check", "choose", "demo", "export", "map", "reference", "search", "status", "train"]
 
 
 def __getattr__(name: str) -> Any:
