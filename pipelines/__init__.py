@@ -15,11 +15,12 @@ _CALLS = {
     "demo": "pipelines.demo",
     "export": "pipelines.exporting",
     "map": "pipelines.mapping",
+    "publish": "pipelines.publishing",
     "search": "pipelines.searching",
     "status": "pipelines.reporting",
     "train": "pipelines.training",
 }
-__all__ = ["check", "choose", "demo", "export", "map", "reference", "search", "status", "train"]
+__all__ = ["check", "choose", "demo", "export", "map", "publish", "reference", "search", "status", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from pipelines import printing
 from pipelines.cli_choose import choose
+from pipelines.cli_publish import publish
 from pipelines.cli_reference import app as reference_app
 from pipelines.cli_train import train
 from pipelines.options import (
@@ -79,6 +80,7 @@ app = typer.Typer(
 app.add_typer(reference_app, name="reference")
 app.command()(train)
 app.command()(choose)
+app.command()(publish)
 
 
 @app.command()
