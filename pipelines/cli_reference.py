@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from pipelines import printing, reference
 from pipelines.options import Json, Quiet, RefArgument
+from scviaduct.families import family
 
 app = typer.Typer(help="Pretrained models as verified packages.", no_args_is_help=True)
 
@@ -83,7 +84,9 @@ def export_reference(
     name: RefArgument, out: Annotated[str, Option(help="Folder to write: model.pt and a template of its data.")]
 ) -> None:
     """Write the model as scvi-tools saves it, for use there."""
-    typer.echo(f"Wrote {reference.export(name, out)}. In Python: scvi.model.{reference.show(name).family}.load(...)")
+    made = reference.export(name, out)
+    found = family(reference.show(name).family)
+    typer.echo(f"Wrote {made}. In Python: {found.module}.{found.name}.load('{made}')")
 
 
 @app.command("verify")

@@ -122,6 +122,9 @@ def reference(found: Reference, *, as_json: bool) -> None:
     for name, value in provenance.items():
         told = {key: part for key, part in value.items() if part} if isinstance(value, dict) else value
         facts[name.replace("_", " ")] = told
+    for name in ("notes", "repairs"):
+        facts[name] = " ".join(facts[name])
+    facts.pop("files", None)  # sizes and checksums of what was fetched, for --json
     shown = {key: _some(value) if isinstance(value, list | dict) else value for key, value in facts.items()}
     _facts({key.replace("_", " "): value for key, value in shown.items() if value not in ("", None)})
 

@@ -199,6 +199,8 @@ class Family(abc.ABC):
 
     name: ClassVar[str]
     """Name of the class, as scvi-tools saves it."""
+    module: ClassVar[str] = "scvi.model"
+    """Where scvi-tools has it."""
     about: ClassVar[str]
     """What it is for, in a line."""
     needs: ClassVar[Needs] = Needs()

@@ -96,6 +96,7 @@ class ContrastiveViFamily(Family):
     """The family of ``scvi.external.ContrastiveVI``."""
 
     name = "ContrastiveVI"
+    module = "scvi.external"
     about = "What target cells, e.g. perturbed ones, share with background cells, and what they alone have."
     needs = Needs(background=True, size_factor=False, covariates=False)
     parts = ("z_encoder s_encoder decoder", LIBRARY)

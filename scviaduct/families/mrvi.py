@@ -56,6 +56,7 @@ class MrviFamily(Family):
     """The family of ``scvi.external.MRVI``, as scvi-tools 1.5 builds it."""
 
     name = "MRVI"
+    module = "scvi.external"
     about = "A latent of cell states without the effect of samples (donors), and one with it, to compare samples by."
     needs = Needs(sample=True, size_factor=False, covariates=False)
     parts = ("qu px", "qz u_prior_logits u_prior_means u_prior_scales pz_scale")

@@ -33,6 +33,7 @@ class PoissonviFamily(Family):
     """The family of ``scvi.external.POISSONVI``: the module of SCVI, on peaks."""
 
     name = "POISSONVI"
+    module = "scvi.external"
     about = "A latent of fragment counts in peaks, depth and batch effects removed."
     needs = Needs(modalities=("atac",))
 

@@ -77,12 +77,9 @@ class Registry:
                         f"Name '{name}' is taken by {there.family} {there.digest[:12]}; this is {made.digest[:12]}.",
                         "Choose another name, or --replace.",
                     )
-                old = self._folder / f".{name}.old.{secrets.token_hex(4)}"
-                target.rename(old)
-                temporary.rename(target)
-                shutil.rmtree(old)
-            else:
-                temporary.rename(target)
+                self._put_aside(target)
+            temporary.rename(target)
+            self._forget_aside(name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return Reference.load(target)
@@ -117,6 +114,7 @@ class Registry:
         PackageError
             If there is neither.
         """
+        self._finish_replacing()
         if _NAME.fullmatch(name) and (self._folder / name / MANIFEST).exists():
             return Reference.load(self._folder / name)
         if (Path(name) / MANIFEST).exists():
@@ -136,7 +134,22 @@ class Registry:
         """Registered packages that cannot be read: name to reason, which ends in the remedy."""
         return self._load()[1]
 
+    def _put_aside(self, target: Path) -> None:
+        target.rename(self._folder / f".{target.name}~{secrets.token_hex(4)}")  # no name has a tilde
+
+    def _forget_aside(self, name: str) -> None:
+        for old in self._folder.glob(f".{name}~*"):
+            shutil.rmtree(old)
+
+    def _finish_replacing(self) -> None:
+        """Bring back what a killed ``add --replace`` had put aside, if nothing took its place."""
+        for old in self._folder.glob(".*~*"):
+            target = self._folder / old.name[1:].partition("~")[0]
+            if not target.exists():
+                old.rename(target)
+
     def _load(self) -> tuple[tuple[Reference, ...], dict[str, str]]:
+        self._finish_replacing()
         found, broken = [], {}
         for path in sorted(path for path in self._folder.glob("[!.]*") if path.is_dir()):
             try:

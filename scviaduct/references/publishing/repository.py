@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from scviaduct.errors import InputError, PackageError
+from scviaduct.families import family
 from scviaduct.families.vae import quiet
 from scviaduct.references.package import MODEL, REGISTRY, TEMPLATE
 from scviaduct.references.publishing import privacy
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from scviaduct.references.package import Reference
 
 METADATA, CARD, METRICS = "_scvi_required_metadata.json", "README.md", "metrics.json"
-_MODULES = ("scvi.model", "scvi.external")
 _NOT_COMPUTED = "no counts were at hand (scviaduct publish --criticise SOURCE computes it)"
 
 
@@ -120,7 +120,7 @@ def write_repository(reference: Reference, name: str, folder: Path, options: Opt
     criticism = _criticism(reference, data, options)
     folder.mkdir(parents=True, exist_ok=True)
     written = write_data(reference, data, folder, needed, with_counts=options.with_counts, with_ids=options.with_ids)
-    module = parent_module(reference.family)
+    module = family(reference.family).module
     metrics = _write_metrics(reference, folder, criticism)
     told = Describing(name, module, written, criticism, metrics, options, read_model(reference.path), folder)
     _write_metadata(reference, folder, module, options.data_url)
@@ -129,13 +129,6 @@ def write_repository(reference: Reference, name: str, folder: Path, options: Opt
     _require_loads(reference, folder, module)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Contents(folder, files, reference.family, written.kind, written.cells, written.columns, written.refused)
-
-
-def parent_module(name: str) -> str:
-    """Module of scvi-tools that a class is imported from, as scvi-hub's metadata names it."""
-    from importlib import import_module
-
-    return next(module for module in _MODULES if hasattr(import_module(module), name))
 
 
 def _require_empty(folder: Path) -> None:
@@ -224,4 +217,4 @@ def _require_loads(reference: Reference, folder: Path, module: str) -> None:
         ) from error
 
 
-__all__ = ["CARD", "METADATA", "METRICS", "Contents", "Data", "Options", "parent_module", "write_repository"]
+__all__ = ["CARD", "METADATA", "METRICS", "Contents", "Data", "Options", "write_repository"]

@@ -159,3 +159,14 @@ def test_the_home(monkeypatch, tmp_path, two):
         assert home().name == "scviaduct"
     assert "SCVIADUCT_HOME" not in os.environ
     assert not Path(home()).exists()
+
+
+def test_a_kill_between_the_two_steps_of_replacing_loses_nothing(registry, two):
+    """The old package was put aside, and nothing took its place."""
+    made = registry.add(two[0].path, "a.old.b")
+    registry._put_aside(made.path)
+    assert not made.path.exists()
+    assert registry.get("a.old.b").digest == two[0].digest
+    replaced = registry.add(two[1].path, "a.old.b", replace=True)
+    assert replaced.digest == two[1].digest != two[0].digest
+    assert [path.name for path in made.path.parent.iterdir()] == ["a.old.b"]
