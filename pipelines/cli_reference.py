@@ -27,7 +27,7 @@ def add_reference(
     name: Annotated[str, Option(help="Name to register it under.")],
     replace: Annotated[bool, Option("--replace", help="Take the name from another reference.")] = False,
     no_data: Annotated[
-        bool, Option("--no-data", help="Fetch the model alone: it then has no latents of its own cells.")
+        bool, Option("--no-data", help="Take the model alone: it then has no latents of its own cells.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,

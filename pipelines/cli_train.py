@@ -10,7 +10,7 @@ from typer import Argument, Option
 from pipelines.options import SOURCE_HELP, Quiet, listed
 from scviaduct.errors import InputError
 
-_DATA, _MODEL, _TRAINING, _RUN = "Data", "Model", "Training", "Run"
+_DATA, _MODEL, _TRAINING, _RUN, _RAY = "Data", "Model", "Training", "Run", "Ray, and searching hyperparameters"
 
 
 def train(
@@ -46,6 +46,10 @@ def train(
     batch_key: Annotated[str | None, Option(help="obs column of batches.", rich_help_panel=_DATA)] = None,
     sample_key: Annotated[
         str | None, Option(help="obs column of samples, such as donors (mrvi).", rich_help_panel=_DATA)
+    ] = None,
+    panel_key: Annotated[
+        str | None,
+        Option(help="obs column of protein panels (totalvi).", rich_help_panel=_DATA),
     ] = None,
     background: Annotated[
         list[str] | None,
@@ -132,6 +136,35 @@ def train(
         Option(help="Minutes between checkpoints; 0 for one an epoch. [default: 10]", rich_help_panel=_RUN),
     ] = None,
     tensorboard: Annotated[str | None, Option(help="Folder for TensorBoard.", rich_help_panel=_RUN)] = None,
+    out_of_core: Annotated[
+        str | None,
+        Option(
+            help="yes leaves the counts on disk, no holds them in memory, auto estimates them. [default: auto]",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        Option(help="inline: in this process; ray. [default: ray with an address, else inline]", rich_help_panel=_RAY),
+    ] = None,
+    address: Annotated[str | None, Option(help="Ray cluster: local, auto or HOST:PORT.", rich_help_panel=_RAY)] = None,
+    cpus: Annotated[int | None, Option(help="CPUs of each process that trains.", rich_help_panel=_RAY)] = None,
+    gpus: Annotated[
+        int | None,
+        Option(help="Processes that train together through Ray Train, a GPU each.", rich_help_panel=_RAY),
+    ] = None,
+    tune: Annotated[
+        int | None, Option(help="Trials of a search for hyperparameters (scvi, scanvi).", rich_help_panel=_RAY)
+    ] = None,
+    tune_metric: Annotated[
+        str | None,
+        Option(help="loss, or scib where labels and batches are named. [default: loss]", rich_help_panel=_RAY),
+    ] = None,
+    tune_epochs: Annotated[int | None, Option(help="Epochs of a trial at most.", rich_help_panel=_RAY)] = None,
+    search: Annotated[
+        list[str] | None,
+        Option(help="What is searched, e.g. n_latent=10,20 or 'lr=1e-4..1e-2 log'; repeatable.", rich_help_panel=_RAY),
+    ] = None,
     restart: Annotated[
         bool, Option("--restart", help="Start over what a killed run left.", rich_help_panel=_RUN)
     ] = False,
@@ -157,6 +190,7 @@ def train(
         "samples_per_label": samples_per_label,
         "batch_key": batch_key,
         "sample_key": sample_key,
+        "panel_key": panel_key,
         "background": background or None,
         "layer": layer,
         "categorical_covariates": listed(categorical_covariates) or None,
@@ -182,6 +216,15 @@ def train(
         "plan": _pairs("--plan", plan, "lr=0.0005"),
         "checkpoint_minutes": checkpoint_minutes,
         "tensorboard": tensorboard,
+        "out_of_core": out_of_core,
+        "engine": engine,
+        "address": address,
+        "cpus": cpus,
+        "gpus": gpus,
+        "tune": tune,
+        "tune_metric": tune_metric,
+        "tune_epochs": tune_epochs,
+        "search": search or None,
     }
     told = TrainJob.of(job, flags)  # a wrong flag is answered before the seconds that loading torch takes
     from pipelines.training import train as run

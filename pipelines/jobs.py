@@ -94,6 +94,7 @@ class TrainJob(_Job):
     samples_per_label: Annotated[int | None, Field(description="labelled cells per label and epoch")] = None
     batch_key: Annotated[str | None, Field(description="obs column of batches")] = None
     sample_key: Annotated[str | None, Field(description="obs column of samples")] = None
+    panel_key: Annotated[str | None, Field(description="obs column of protein panels")] = None
     background: Annotated[tuple[str, ...], Field(description="cells of the background, as column=value")] = ()
     layer: Annotated[str | None, Field(description="where raw counts are")] = None
     categorical_covariates: Annotated[tuple[str, ...], Field(description="obs columns")] = ()
@@ -119,6 +120,15 @@ class TrainJob(_Job):
     plan: Annotated[Texts, Field(description="arguments of the training plan")] = {}
     checkpoint_minutes: Annotated[float, Field(description="minutes between checkpoints")] = 10.0
     tensorboard: Annotated[str | None, Field(description="folder for TensorBoard")] = None
+    out_of_core: Annotated[Literal["auto", "yes", "no"], Field(description="whether counts stay on disk")] = "auto"
+    engine: Annotated[Literal["inline", "ray"] | None, Field(description="inline: in this process; ray")] = None
+    address: Annotated[str | None, Field(description="Ray cluster: local, auto or HOST:PORT")] = None
+    cpus: Annotated[int | None, Field(ge=1, description="CPUs of each process that trains")] = None
+    gpus: Annotated[int | None, Field(ge=1, description="processes that train together, a GPU each")] = None
+    tune: Annotated[int | None, Field(ge=1, description="trials of a search for hyperparameters")] = None
+    tune_metric: Annotated[Literal["loss", "scib"], Field(description="what the best trial is best by")] = "loss"
+    tune_epochs: Annotated[int | None, Field(ge=1, description="epochs of a trial at most")] = None
+    search: Annotated[tuple[str, ...], Field(description="what is searched, as NAME=VALUES")] = ()
 
 
 def _load(path: Path, example: str) -> dict[str, Any]:

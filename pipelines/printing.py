@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from scviaduct.references.fetching.searching import safe
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -42,14 +44,14 @@ def dump(value: Any) -> None:
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """Print a table; numbers to the right, and names in one piece."""
     rows = [list(row) for row in rows]
-    made = Table(title=None if title is None else Text(title), title_justify="left", header_style="bold")
+    made = Table(title=None if title is None else _text(title), title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
         whole = numeric or name in _WHOLE
-        made.add_column(Text(name), justify="right" if numeric else "left", overflow="fold", no_wrap=whole)
+        made.add_column(_text(name), justify="right" if numeric else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         # Text, not markup: what is printed is data, and a label may hold brackets.
-        made.add_row(*(value if isinstance(value, Text) else Text(_cell(value)) for value in row))
+        made.add_row(*(value if isinstance(value, Text) else _text(_cell(value)) for value in row))
     _console().print(made)
 
 
@@ -57,8 +59,13 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=_WIDE)
 
 
+def _text(text: str, style: str = "") -> Text:
+    """What may be a stranger's, in one line and without what a terminal would obey."""
+    return Text(safe(text.replace("\n", " "), lines=False), style)
+
+
 def _mark(word: str) -> Text:
-    return Text(word, _STYLES.get(word, ""))
+    return _text(word, _STYLES.get(word, ""))
 
 
 def _cell(value: object) -> str:
@@ -74,12 +81,12 @@ def _cell(value: object) -> str:
 
 
 def _facts(facts: Mapping[str, object], title: str | None = None) -> None:
-    title_text = None if title is None else Text(title)
+    title_text = None if title is None else _text(title)
     made = Table(title=title_text, title_justify="left", show_header=False, box=None, pad_edge=False)
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in facts.items():
-        made.add_row(Text(name, "bold"), Text(_cell(value)))
+        made.add_row(_text(name, "bold"), _text(_cell(value)))
     _console().print(made)
 
 
@@ -119,14 +126,15 @@ def reference(found: Reference, *, as_json: bool) -> None:
         dump(facts)
         return
     provenance = facts.pop("provenance")
-    for name, value in provenance.items():
-        told = {key: part for key, part in value.items() if part} if isinstance(value, dict) else value
-        facts[name.replace("_", " ")] = told
     for name in ("notes", "repairs"):
         facts[name] = " ".join(facts[name])
-    facts.pop("files", None)  # sizes and checksums of what was fetched, for --json
+    facts = {key.replace("_", " "): value for key, value in facts.items()}
+    for name, value in provenance.items():
+        if name != "files":  # sizes and checksums of what was fetched, for --json
+            told = {key: part for key, part in value.items() if part} if isinstance(value, dict) else value
+            facts[f"from: {name}"] = told  # a stranger's keys stand for no fact
     shown = {key: _some(value) if isinstance(value, list | dict) else value for key, value in facts.items()}
-    _facts({key.replace("_", " "): value for key, value in shown.items() if value not in ("", None)})
+    _facts({key: value for key, value in shown.items() if value not in ("", None)})
 
 
 def _some(values: list[Any] | dict[str, Any], limit: int = 12) -> str:
@@ -164,8 +172,8 @@ def found_references(found: Sequence[Found], *, as_json: bool) -> None:
         rows.append((f.repository, *tags, f.scvi_version or None, f.licence or None, f.downloads))
     table(columns, rows)
     if other := sorted({f.family for f in found if f.family and not f.mapped_here}):
-        typer.echo(f"Not mapped here: models of class {', '.join(other)}.")
-    typer.echo(f"Add one: scviaduct reference add hf://{found[0].repository} --name NAME")
+        typer.echo(safe(f"Not mapped here: models of class {', '.join(other)}.", lines=False))
+    typer.echo(safe(f"Add one: scviaduct reference add hf://{found[0].repository} --name NAME", lines=False))
 
 
 def verification(found: Verification, *, as_json: bool) -> None:

@@ -38,7 +38,8 @@ def add(source: str | Path, *, name: str, replace: bool = False, data: bool = Tr
     replace
         Take the name from another reference.
     data
-        Fetch the data that the model was trained on, too; without it the package has no latents of its own.
+        Fetch and read the data that the model was trained on, too; without it the package has no latents of its own.
+        A package is taken with the latents that it holds.
     quiet
         Without progress.
 
@@ -53,7 +54,7 @@ def add(source: str | Path, *, name: str, replace: bool = False, data: bool = Tr
     registry.require_name(name)  # before the minutes that a download takes
     with reporter(quiet=quiet) as progress:
         fetched = fetch(source, data=data, on_progress=_received(progress))
-    return registry.add(fetched.folder, name, replace=replace, provenance=fetched.provenance)
+    return registry.add(fetched.folder, name, replace=replace, provenance=fetched.provenance, data=data)
 
 
 def _received(progress: Reporter) -> Callable[[Progress], None]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.progress import reporter
+from scviaduct.errors import InputError
 from scviaduct.references.recipes import fill_up
+from scviaduct.references.searchspace import Wanted
 from scviaduct.references.training import Options
 from scviaduct.references.training import train as train_reference
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
     from pipelines.progress import Reporter
 
+ENGINES = ("inline", "ray")
 _SAY_EVERY = 10.0  # seconds
 
 
@@ -31,6 +35,7 @@ def train(
     samples_per_label: int | None = None,
     batch_key: str | None = None,
     sample_key: str | None = None,
+    panel_key: str | None = None,
     background: Sequence[str] = (),
     layer: str | None = None,
     categorical_covariates: Sequence[str] = (),
@@ -57,6 +62,15 @@ def train(
     checkpoint_minutes: float = 10.0,
     tensorboard: str | Path | None = None,
     restart: bool = False,
+    out_of_core: str = "auto",
+    engine: str | None = None,
+    address: str | None = None,
+    cpus: int | None = None,
+    gpus: int | None = None,
+    tune: int | None = None,
+    tune_metric: str = "loss",
+    tune_epochs: int | None = None,
+    search: Sequence[str] = (),
     quiet: bool = False,
 ) -> Path:
     """Train a reference; what is written is a package that ``reference.add`` registers.
@@ -66,7 +80,7 @@ def train(
     Parameters
     ----------
     source
-        URI of the training cells; the counts of the features that are trained on are held in memory.
+        URI of the training cells.
     family
         ``scvi``, ``scanvi``, ``totalvi``, ``multivi``, ``peakvi``, ``mrvi`` or ``contrastivevi``. A SCANVI starts from
         an SCVI trained on the same cells.
@@ -83,6 +97,8 @@ def train(
         As scvi-tools' ``setup_anndata`` takes them.
     sample_key
         obs column of samples, such as donors (MRVI).
+    panel_key
+        obs column of the panels that proteins were measured with (TOTALVI).
     background
         Cells of the background as ``column=value``; all others are the target (ContrastiveVI).
     genes
@@ -110,6 +126,26 @@ def train(
         Folder for TensorBoard; ``metrics.csv`` in the package holds the metrics in any case.
     restart
         Start over instead of going on.
+    out_of_core
+        Whether the counts of the features that are trained on are left on disk: ``yes``, ``no``, or ``auto`` for what
+        an estimate of their size says.
+    engine
+        ``inline`` for this process, ``ray`` for an actor; None for ``ray`` where an address is given, by ``address`` or
+        ``RAY_ADDRESS``, or something is asked for that needs Ray.
+    address
+        Ray cluster: ``local``, ``auto`` or ``HOST:PORT``.
+    cpus
+        CPUs of the process that trains, of each of several, and of a trial.
+    gpus
+        Processes that train together through Ray Train, on a GPU each (on CPUs with ``device="cpu"``).
+    tune
+        Trials of a search for hyperparameters, the best of which is trained (SCVI, SCANVI).
+    tune_metric
+        ``loss`` or ``scib``: what is the best.
+    tune_epochs
+        Of a trial at most.
+    search
+        What is searched instead of the default, e.g. ``n_latent=10,20`` or ``lr=1e-4..1e-2 log``.
     quiet
         Without notices.
 
@@ -132,6 +168,7 @@ def train(
             "samples_per_label": samples_per_label,
             "batch_key": batch_key,
             "sample_key": sample_key,
+            "panel_key": panel_key,
             "background": tuple(background),
             "layer": layer,
             "categorical_covariates": tuple(categorical_covariates),
@@ -158,10 +195,51 @@ def train(
         },
         recipe,
     )
-    board = None if tensorboard is None else Path(tensorboard)
+    board = None if tensorboard is None else Path(tensorboard).absolute()
+    engine = _engine(engine, address, cpus, gpus, tune, search)
     with reporter(quiet=quiet) as progress:
-        options = Options(restart=restart, checkpoint_minutes=checkpoint_minutes, tensorboard=board, say=progress.say)
-        return train_reference(source, told, out, _epochs(progress), options).path
+        options = Options(
+            restart=restart,
+            checkpoint_minutes=checkpoint_minutes,
+            tensorboard=board,
+            say=progress.say,
+            out_of_core=out_of_core,
+        )
+        if engine == "inline":
+            return train_reference(str(source), told, out, _epochs(progress), options).path
+        from pipelines.remote import OnRay, run_on_ray  # ray takes seconds to import
+
+        wanted = None if tune is None else Wanted(tune, tuple(search), tune_metric, tune_epochs)
+        place = OnRay(address, cpus, gpus, wanted)
+        return run_on_ray(str(source), told, Path(out), options, place, _epochs(progress), progress.say)
+
+
+def _engine(
+    engine: str | None,
+    address: str | None,
+    cpus: int | None,
+    gpus: int | None,
+    tune: int | None,
+    search: Sequence[str],
+) -> str:
+    """Where a training runs.
+
+    Raises
+    ------
+    InputError
+        If what is asked for contradicts it.
+    """
+    named = {"--address": address, "--cpus": cpus, "--gpus": gpus, "--tune": tune}
+    told = next((name for name, value in named.items() if value is not None), None)
+    if search and tune is None:
+        raise InputError(f"--search {search[0]} without --tune searches nothing.", "Say how many trials: --tune 20.")
+    if engine is None:
+        return "ray" if told or os.environ.get("RAY_ADDRESS") else "inline"
+    if engine not in ENGINES:
+        raise InputError(f"--engine {engine} is not known.", f"One of {', '.join(ENGINES)}.")
+    if engine == "inline" and told:
+        raise InputError(f"{told} {named[told]} is for --engine ray.", "Leave one of them out.")
+    return engine
 
 
 def _epochs(progress: Reporter) -> Callable[[str, int, int, Mapping[str, float]], None]:

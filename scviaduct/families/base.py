@@ -126,7 +126,8 @@ class Facts:
     @property
     def encoded_batch(self) -> str:
         """obs column of the batch if the encoder reads it, else empty."""
-        return self.batch_key if self.encode_covariates and self.batch_encoded else ""
+        read = self.encode_covariates and self.batch_encoded and len(self.batch_categories) > 1
+        return self.batch_key if read else ""  # a batch of one category has no input
 
     @property
     def encoded_sample(self) -> str:
@@ -155,8 +156,9 @@ class Needs:
         Canonical names (``rna``, ``protein``, ``atac``), in the order of the model's features.
     optional
         Those of them that may be absent.
-    labels, sample, background
-        Whether it takes labels, a sample column, and a split of the cells into background and target.
+    labels, sample, background, panel
+        Whether it takes labels, a sample column, a split of the cells into background and target, and a column of
+        protein panels.
     size_factor
         Whether it takes a size factor.
     covariates
@@ -168,6 +170,7 @@ class Needs:
     labels: Literal["required", "kept"] = "kept"
     sample: bool = False
     background: bool = False
+    panel: bool = False
     size_factor: bool = True
     covariates: bool = True
 
@@ -183,6 +186,9 @@ class Encoder(Protocol):
 
     def encode(self, indptr: LongArray, indices: IntArray, data: FloatArray, covariates: Covariates) -> Encoded:
         """Encode counts given as CSR in the reference's features."""
+
+    def transformed(self, location: FloatArray) -> FloatArray:
+        """The latent of a posterior's mean: itself, unless the latent is logistic-normal."""
 
     def classify(self, location: FloatArray) -> FloatArray | None:
         """Probabilities of :attr:`labels`, shape ``(n_cells, n_labels)``, as scvi-tools' ``predict(soft=True)``."""

@@ -22,6 +22,7 @@ _NEEDED = {
     "continuous_covariates": "covariates",
     "size_factor_key": "size_factor",
     "sample_key": "sample",
+    "panel_key": "panel",
     "background": "background",
 }
 """Option of a recipe to what says, in :class:`~scviaduct.families.Needs`, whether a family reads it."""

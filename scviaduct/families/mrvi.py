@@ -285,6 +285,10 @@ class MrviEncoder:
             )
         return np.zeros(n_cells, np.int64)
 
+    def transformed(self, location: FloatArray) -> FloatArray:
+        """Itself: ``u`` is normal."""
+        return location
+
     def classify(self, location: FloatArray) -> FloatArray | None:  # noqa: ARG002 - what every encoder takes
         """None: an MRVI has no classifier."""
         return None

@@ -24,6 +24,8 @@ class Recipe:
         As ``setup_anndata`` takes them.
     sample_key
         obs column of samples, e.g. donors (MRVI).
+    panel_key
+        obs column of the panels that proteins were measured with; None for one a batch (TOTALVI).
     background
         Cells of the background as ``column=value`` pairs, any of which will do, e.g. ``perturbation=control``; all
         other cells are the target (ContrastiveVI).
@@ -61,6 +63,7 @@ class Recipe:
     samples_per_label: int | None = None
     batch_key: str | None = None
     sample_key: str | None = None
+    panel_key: str | None = None
     background: tuple[str, ...] = ()
     layer: str | None = None
     categorical_covariates: tuple[str, ...] = ()
@@ -90,7 +93,7 @@ class Recipe:
     @property
     def columns(self) -> tuple[str, ...]:
         """Every obs column that the recipe names, once each."""
-        keys = (self.labels_key, self.batch_key, self.size_factor_key, self.sample_key, self.groups)
+        keys = (self.labels_key, self.batch_key, self.size_factor_key, self.sample_key, self.panel_key, self.groups)
         background = (told.partition("=")[0] for told in self.background)
         named = (*keys, *self.categorical_covariates, *self.continuous_covariates, *background)
         return tuple(dict.fromkeys(column for column in named if column))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, override
 
 import numpy as np
 
-from scviaduct.errors import UnsupportedModelError
+from scviaduct.errors import InputError, UnsupportedModelError
 from scviaduct.families.base import Encoded, Facts, Family, Needs
 from scviaduct.families.folding import fold_layers, fold_linear, reads_covariates
 from scviaduct.families.layouts import (
@@ -106,7 +106,7 @@ class TotalviFamily(Family):
 
     name = "TOTALVI"
     about = "A latent of genes and surface proteins measured together (CITE-seq), with denoised proteins."
-    needs = Needs(modalities=("rna", "protein"), optional=("protein",))
+    needs = Needs(modalities=("rna", "protein"), optional=("protein",), panel=True)
     parts = (
         f"encoder decoder {BACKGROUND}",
         "px_r py_r library_log_means library_log_vars log_per_batch_efficiency",
@@ -190,7 +190,17 @@ class TotalviFamily(Family):
     def setup(self, cells: AnnData, recipe: Recipe) -> Any:
         require_modality(cells, self.name, "protein")
         require_modality(cells, self.name, "rna")
-        return set_up(self.model_class(), cells, recipe, self.needs.modalities, size_factor_key=recipe.size_factor_key)
+        if recipe.panel_key:
+            panels = cells.obs[recipe.panel_key].nunique()
+            batches = cells.obs[recipe.batch_key].nunique() if recipe.batch_key else 1
+            if panels != batches:  # scvi-tools 1.5.1 multiplies one-hot batches with a column a panel
+                raise InputError(
+                    f"'{recipe.panel_key}' has {panels} panels and there are {batches} batches: scvi-tools fails unless"
+                    " they are as many.",
+                    "Name a --batch-key of as many, or leave --panel-key out: each batch is then a panel of its own.",
+                )
+        own = {"size_factor_key": recipe.size_factor_key, "panel_key": recipe.panel_key}
+        return set_up(self.model_class(), cells, recipe, self.needs.modalities, **own)
 
 
 FAMILY = TotalviFamily()

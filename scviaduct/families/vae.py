@@ -106,9 +106,11 @@ def instantiate(model_class: Any, saved: SavedModel, template: Any) -> Any:
     """
     from scvi.model.base._save_load import _initialize_model
 
-    from scviaduct.references.saved.weights import check_shapes
+    from scviaduct.references.saved.weights import check_arguments, check_shapes, check_weights
 
     registry = saved.attr_dict["registry_"]
+    check_weights(saved, str(registry.get("model_name")))
+    check_arguments(saved, saved.attr_dict.get("init_params_"))
     try:
         # Of what else was saved, scvi-tools would set any name on the model; only its module is used here.
         attributes = {"init_params_": copy.deepcopy(saved.attr_dict["init_params_"])}
@@ -238,6 +240,13 @@ class VaeEncoder:
         if covariates.categorical is not None:
             codes += [self._tensor(column[start:stop]) for column in covariates.categorical.T]
         return codes
+
+    def transformed(self, location: FloatArray) -> FloatArray:
+        """The latent of a posterior's mean: its softmax where the latent is logistic-normal."""
+        if not self._network.logistic_normal:
+            return location
+        found: FloatArray = torch.softmax(self._tensor(location), dim=-1).cpu().numpy()
+        return found
 
     @torch.inference_mode()
     def classify(self, location: FloatArray) -> FloatArray | None:

@@ -14,7 +14,8 @@ import pandas as pd
 from scviaduct.errors import PackageError, ScviaductError, UnsupportedModelError
 from scviaduct.families import MODALITY, family
 from scviaduct.families.vae import quiet
-from scviaduct.references.latents import ReferenceLatents, Statistics
+from scviaduct.references.fetching.cached import DATA, data_names, is_package, prefix_of
+from scviaduct.references.latents import ReferenceLatents
 from scviaduct.references.manifest import (
     FORMAT,
     MANIFEST,
@@ -24,15 +25,17 @@ from scviaduct.references.manifest import (
     read_manifest,
 )
 from scviaduct.references.package import ENCODER, LATENTS, STATISTICS, TEMPLATE, Reference
+from scviaduct.references.publishing.carried import Brought, bring_cells
 from scviaduct.references.saved.contained import check_contained
-from scviaduct.references.saved.portable import write_model
+from scviaduct.references.saved.portable import WEIGHTS, write_model
 from scviaduct.references.saved.repair import METADATA, read_metadata, read_saved
 from scviaduct.references.saved.weights import RENAMED
+from scviaduct.references.summing import LatentWriter
 from scviaduct.references.template import SYNTHETIC, encode_cells, encode_template, make_template
 from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from anndata import AnnData
@@ -40,7 +43,6 @@ if TYPE_CHECKING:
     from scviaduct.families import Encoder, Facts, Family
     from scviaduct.references.saved.archive import SavedModel
 
-DATA = ("adata.h5ad", "mdata.h5mu")
 _CARRIED = (METADATA, "README.md", "metrics.json")
 _BLOCK = 8192
 _MINIFIED = "_scvi_adata_minify_type"
@@ -54,6 +56,8 @@ def build_package(
     provenance: Mapping[str, Any] | None = None,
     extras: Mapping[str, Path] | None = None,
     labels_key: str = "",
+    *,
+    data_file: bool = True,
 ) -> Reference:
     """Build a package, or check and copy one.
 
@@ -73,6 +77,8 @@ def build_package(
         Further files of the package: name to where it lies now.
     labels_key
         obs column of the data that labels its cells, for a model that registered none; missing where there is none.
+    data_file
+        Read the folder's own data; a package is copied with what it holds.
 
     Raises
     ------
@@ -81,7 +87,7 @@ def build_package(
     UnsafeModelError, UnsupportedModelError
         If the model is refused.
     """
-    if (folder / MANIFEST).exists():
+    if _is_package(folder):
         return _copy_package(folder, out, name)
     saved, repairs = read_saved(folder)
     found = family(str(saved.attr_dict["registry_"]["model_name"]))
@@ -100,29 +106,55 @@ def build_package(
         template.write_h5ad(out / TEMPLATE)
     encoder.save(out / ENCODER)
     notes: list[str] = []
-    data = data if data is not None else _read_data(folder, found, saved)
+    given, labelled = data is not None, False
+    beside = _data_file(folder)
+    if data is None and beside is not None and data_file:
+        data = _read_data(beside, found, saved)
     if data is None:
-        there = next((name for name in DATA if (folder / name).is_file()), None)
-        lacks = (
-            f"Its data ({there}) lacks the layer that it was trained on"
-            if there
-            else f"The folder has no data ({DATA[0]})"
-        )
-        notes.append(f"{lacks}, so the package has no latents of its own.")
+        notes.append(f"{_why_no_data(beside, read=data_file)}, so the package has no latents of its own.")
     else:
         table = GeneTable({**facts.genes.columns, **_identifiers(data, facts)}, facts.genes.modality)
-        if data.uns.get(SYNTHETIC):
+        brought = Brought() if given else bring_cells(folder, out, data, facts)
+        notes += brought.notes
+        labelled = brought.labelled
+        if not brought.taken and data.uns.get(SYNTHETIC):
             notes.append("Its data are synthetic cells, so the package has no latents of its own.")
-        else:
+        elif not brought.taken:
             labels = _labels(data, facts.labels_key or labels_key, facts.unlabeled_category)
+            labelled = bool(facts.labels_key or labels_key)
             _write_latents(out, data, labels, facts, encoder, notes)
-    if not facts.labels and (data is None or not (facts.labels_key or labels_key)):
+    if not facts.labels and not labelled:
         notes.append("The reference has no labels: cells are mapped with a null label.")
     told = facts_to_json(facts) | ({} if data is None else {"genes": dict(table.columns)})
     origin = {"folder": str(folder)} if provenance is None else dict(provenance)
     latent = encode_template(encoder, template, facts).tolist()
     _write_manifest(out, name, found.name, told, latent, list(repairs), notes, origin)
     return Reference.load(out)
+
+
+def _is_package(folder: Path) -> bool:
+    """Whether a folder is a package; other programs, too, put a ``manifest.json`` beside a model."""
+    names = _names(folder)
+    # One that lost its encoder is still a package, which does not verify: its weights are not packaged unchecked.
+    return is_package(names) or {MANIFEST, WEIGHTS} <= names
+
+
+def _names(folder: Path) -> set[str]:
+    """Files directly in a folder."""
+    return {path.name for path in folder.glob("*") if path.is_file()}
+
+
+def _data_file(folder: Path) -> Path | None:
+    """The data that lie beside a model."""
+    names = _names(folder)
+    wanted = data_names(prefix_of(names, f"'{folder}'"))
+    return next((folder / name for name in wanted if name in names), None)
+
+
+def _why_no_data(file: Path | None, *, read: bool) -> str:
+    if file is None:
+        return f"The folder has no data ({DATA[0]})"
+    return f"Its data ({file.name}) " + ("lacks the layer that it was trained on" if read else "was left out")
 
 
 def _describe(folder: Path, found: Family, saved: SavedModel) -> tuple[Facts, AnnData]:
@@ -147,6 +179,8 @@ def _copy_package(folder: Path, out: Path, name: str) -> Reference:
     out.mkdir(parents=True)
     manifest = read_manifest(folder)
     for file in manifest["files"]:
+        if file.endswith((".h5ad", ".h5mu")):
+            check_contained(folder / file)
         shutil.copyfile(folder / file, out / file)
     (out / MANIFEST).write_text(json.dumps(manifest | {"name": name}, indent=1))
     return Reference.load(out)
@@ -162,10 +196,7 @@ def _check_hub_metadata(folder: Path, name: str) -> None:
         )
 
 
-def _read_data(folder: Path, found: Family, saved: SavedModel) -> AnnData | None:
-    path = next((folder / name for name in DATA if (folder / name).is_file()), None)
-    if path is None:
-        return None
+def _read_data(path: Path, found: Family, saved: SavedModel) -> AnnData | None:
     try:
         check_contained(path)
         if path.suffix == ".h5mu":
@@ -201,36 +232,39 @@ def _identifiers(data: AnnData, facts: Facts) -> dict[str, tuple[str, ...]]:
 def _write_latents(
     out: Path, data: AnnData, labels: list[str | None], facts: Facts, encoder: Encoder, notes: list[str]
 ) -> None:
-    latents = _minified(data, labels) if _MINIFIED in data.uns else _encode(data, labels, facts, encoder)
-    if latents is None or latents.latent.shape[1] != facts.n_latent:
+    names = data.obs_names.astype(str)
+    blocks = _minified(data, labels, encoder) if _MINIFIED in data.uns else _encoded(data, labels, facts, encoder)
+    cells = 0
+    with LatentWriter(out / LATENTS) as writer:
+        for block in blocks:
+            if block.latent.shape[1] != facts.n_latent:
+                break
+            writer.add(block, list(names[cells : cells + len(block.latent)]))
+            cells += len(block.latent)
+    if not cells:
         notes.append("The data could not be encoded (other genes, or a minified file without latents).")
         return
-    latents.write(out / LATENTS, list(data.obs_names.astype(str)))
-    Statistics.of(latents, encoder.gene_influence()).write(out / STATISTICS)
+    writer.statistics(encoder.gene_influence()).write(out / STATISTICS)
 
 
-def _minified(data: AnnData, labels: list[str | None]) -> ReferenceLatents | None:
-    """Posteriors of a minified file, which scvi-tools keeps in obsm and whose counts it empties."""
+def _minified(data: AnnData, labels: list[str | None], encoder: Encoder) -> Iterator[ReferenceLatents]:
+    """Latents of a minified file: scvi-tools keeps the posteriors in obsm, and empties the counts."""
     found = {suffix: next((k for k in data.obsm if str(k).endswith(suffix)), None) for suffix in ("_qzm", "_qzv")}
     if found["_qzm"] is None:
-        return None
+        return
     variance = None if found["_qzv"] is None else np.ascontiguousarray(data.obsm[found["_qzv"]], np.float32)
-    return ReferenceLatents(np.ascontiguousarray(data.obsm[found["_qzm"]], np.float32), labels, variance)
+    location = np.ascontiguousarray(data.obsm[found["_qzm"]], np.float32)
+    yield ReferenceLatents(encoder.transformed(location), labels, variance)
 
 
-def _encode(data: AnnData, labels: list[str | None], facts: Facts, encoder: Encoder) -> ReferenceLatents | None:
-    """Latents of the training cells, in bounded blocks."""
+def _encoded(data: AnnData, labels: list[str | None], facts: Facts, encoder: Encoder) -> Iterator[ReferenceLatents]:
+    """Latents of the training cells, in bounded blocks; the counts may lie on disk."""
     if tuple(data.var_names.astype(str)) != facts.names:
-        return None
-    blocks = []
+        return
     for start in range(0, data.n_obs, _BLOCK):
         stop = min(start + _BLOCK, data.n_obs)
-        blocks.append(encode_cells(encoder, data.X[start:stop], data.obs.iloc[start:stop], facts))
-    if not blocks:
-        return None
-    mean, variance = (np.concatenate([getattr(b, what) for b in blocks]) for what in ("mean", "variance"))
-    others = {name: np.concatenate([block.others[name] for block in blocks]) for name in encoder.latents[1:]}
-    return ReferenceLatents(mean, labels, variance, others)
+        block = encode_cells(encoder, data.X[start:stop], data.obs.iloc[start:stop], facts)
+        yield ReferenceLatents(block.mean, labels[start:stop], block.variance, block.others)
 
 
 def _labels(data: AnnData, key: str, none: str) -> list[str | None]:

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from scviaduct.errors import InputError
+from scviaduct.references.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,6 +45,8 @@ class Run:
         Folder for TensorBoard; None for none.
     rows
         Metrics of each epoch, filled in by training.
+    ranks
+        Which of several processes this is that train together.
     """
 
     on_epoch: OnEpoch
@@ -52,6 +55,7 @@ class Run:
     minutes: float = 10.0
     tensorboard: Path | None = None
     rows: list[Row] = field(default_factory=list)
+    ranks: Ranks = ALONE
 
 
 class Metrics(Callback):
@@ -109,8 +113,10 @@ class Checkpoints(Callback):
             self.resumed = True
             return
         due = time.monotonic() - self._last >= self._run.minutes * 60
+        due = trainer.strategy.broadcast(due)  # processes that train together write a checkpoint together
         if self._run.checkpoint is not None and trainer.current_epoch > 0 and due:
-            self._run.before_checkpoint()
+            if self._run.ranks.first:
+                self._run.before_checkpoint()
             trainer.save_checkpoint(self._run.checkpoint)
             self._last = time.monotonic()
 

@@ -2,7 +2,8 @@
 
 Cells are streamed up to three times: twice to choose features, once to read those. Memory is bounded by the counts of
 the chosen features (8 bytes a count that is not zero, and half as much again while the blocks are joined), the obs
-columns that the recipe names, one block of ``SHARD_CELLS`` cells, and what choosing genes takes.
+columns that the recipe names, one block of ``SHARD_CELLS`` cells, and what choosing genes takes. The counts can be left
+on disk (:mod:`scviaduct.references.outofcore`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from scviaduct.errors import InputError
 from scviaduct.families import MODALITY
 from scviaduct.families import family as family_of
 from scviaduct.references.features import Features, choose_features, common_features
+from scviaduct.references.outofcore import Place, Spool
 from scviaduct.sources import open_source
 from scviaduct.sources.counts import Rows, assemble
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from scviaduct.families import Family, Recipe
     from scviaduct.sources import Source
@@ -61,7 +64,9 @@ def source_uri(source: str, recipe: Recipe) -> str:
     return source if recipe.layer is None else f"{source}{joint}layer={recipe.layer}"
 
 
-def read_cells(source: str, recipe: Recipe, features: Features | None = None) -> TrainingCells:
+def read_cells(
+    source: str, recipe: Recipe, features: Features | None = None, place: Place | None = None
+) -> TrainingCells:
     """Read all cells of a source, with the features to train on and the obs columns that a recipe names.
 
     Parameters
@@ -72,12 +77,15 @@ def read_cells(source: str, recipe: Recipe, features: Features | None = None) ->
         How to train.
     features
         Features to read, where they are known already; else they are chosen as the recipe says.
+    place
+        Where the counts go, if not into memory; what an earlier run wrote there is taken.
 
     Raises
     ------
     InputError
         If an obs column is missing or incomplete, a modality or a feature is absent, or counts are not counts.
     """
+    place = place or Place()
     found = family_of(recipe.family)
     columns = list(recipe.columns)
     with open_source(source_uri(source, recipe)) as opened:
@@ -88,18 +96,49 @@ def read_cells(source: str, recipe: Recipe, features: Features | None = None) ->
             features = choose_features(every, recipe, lambda part: _blocks(opened, scan.shards, part, found, columns))
         else:
             _require(features, every)
-        blocks = list(_blocks(opened, scan.shards, features, found, columns))
         pinned, version = opened.uri, opened.version
-    obs = _obs(blocks, columns)
+        stream = _blocks(opened, scan.shards, features, found, columns)
+        spool = Spool.of(place.folder, version, features, columns) if place.folder and place.mode != "no" else None
+        if spool is not None and (spool.whole or place.on_disk(opened, scan, features, found)):
+            if not spool.whole:
+                spool.write(stream)
+            return _spooled(spool, recipe, pinned, version, features)
+        blocks = list(stream)
+    obs = _obs([(block.shard.dataset_id, block.obs) for block in blocks], columns)
     rows = assemble(Rows(block.indptr, block.indices, block.data) for block in blocks)
     blocks.clear()
     counts = sparse.csr_matrix((rows.data, rows.indices, rows.indptr), shape=(len(obs), len(features)))
+    return _cells(counts, obs, recipe, pinned, version, features)
+
+
+def spooled_cells(folder: Path, recipe: Recipe, uri: str, version: str, features: Features) -> TrainingCells:
+    """Cells whose counts :func:`read_cells` left on disk.
+
+    Parameters
+    ----------
+    folder
+        Of the counts.
+    recipe
+        How to train.
+    uri, version, features
+        As the cells had them that were read.
+    """
+    return _spooled(Spool.of(folder, version, features, list(recipe.columns)), recipe, uri, version, features)
+
+
+def _spooled(spool: Spool, recipe: Recipe, uri: str, version: str, features: Features) -> TrainingCells:
+    return _cells(spool.counts(), _obs(spool.obs(), list(recipe.columns)), recipe, uri, version, features)
+
+
+def _cells(
+    counts: sparse.csr_matrix, obs: pd.DataFrame, recipe: Recipe, uri: str, version: str, features: Features
+) -> TrainingCells:
     var = pd.DataFrame(dict(features.others) | {MODALITY: features.modality}, index=list(features.names))
     with warnings.catch_warnings():
         # A protein may be called as its gene is; they are told apart by modality.
         warnings.filterwarnings("ignore", message="Variable names are not unique")
         cells = AnnData(counts, obs=obs, var=var)
-    return TrainingCells(_with_labels(cells, recipe), pinned, version, features)
+    return TrainingCells(_with_labels(cells, recipe), uri, version, features)
 
 
 def _blocks(
@@ -115,9 +154,9 @@ def _blocks(
         yield block
 
 
-def _obs(blocks: Sequence[CellBlock], columns: Sequence[str]) -> pd.DataFrame:
-    obs: pd.DataFrame = pa.concat_tables([block.obs for block in blocks], promote_options="permissive").to_pandas()
-    names = [f"{block.shard.dataset_id}:{i}" for block in blocks for i in block.obs["observation_id"].to_pylist()]
+def _obs(parts: Sequence[tuple[str, pa.Table]], columns: Sequence[str]) -> pd.DataFrame:
+    obs: pd.DataFrame = pa.concat_tables([part for _, part in parts], promote_options="permissive").to_pandas()
+    names = [f"{dataset}:{i}" for dataset, part in parts for i in part["observation_id"].to_pylist()]
     obs.index = pd.Index(_unique(names))
     kept: pd.DataFrame = obs[list(columns)].copy()
     return kept
@@ -136,12 +175,16 @@ def _require(features: Features, every: Features) -> None:
 
 def _unique(names: list[str]) -> list[str]:
     """Cell names that occur in several files get a number, as AnnData would ask for."""
-    seen: dict[str, int] = {}
+    taken, seen = set(names), dict[str, int]()
     found = []
     for name in names:
         count = seen.get(name, 0)
-        found.append(f"{name}-{count}" if count else name)
-        seen[name] = count + 1
+        own = name
+        while count and own in taken:  # a name that some other cell has from the start is passed over
+            own, count = f"{name}-{count}", count + 1
+        taken.add(own)
+        seen[name] = max(count, 1)
+        found.append(own)
     return found
 
 

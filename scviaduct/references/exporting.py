@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anndata
@@ -15,8 +17,6 @@ from scviaduct.references.saved.portable import read_model, to_scvi_file
 from scviaduct.references.template import SYNTHETIC, read_template
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from scviaduct.references.package import Reference
 
 SAVED = "model.pt"
@@ -30,28 +30,34 @@ def export_model(reference: Reference, folder: Path) -> Path:
     reference
         The package.
     folder
-        Made if absent; it must not hold a model.
+        To make; it must be new or empty.
 
     Raises
     ------
     InputError
-        If a model lies there.
+        If it is not.
     PackageError
         If the package's own files were changed.
     """
-    if (folder / SAVED).exists():
-        raise InputError(f"'{folder}' holds a {SAVED}.", "Name a new folder: --out DIR.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"'{folder}' is there and not empty.", "Name a new folder: --out DIR.")
     reference.require(MODEL, REGISTRY, TEMPLATE)
     saved, found = read_model(reference.path), family(reference.family)
     with quiet():  # a protein may be called like its gene
         cells = own_categories(saved.attr_dict["registry_"], read_template(reference.path), reference)
         data = found.layout(saved, cells)
         data.uns[SYNTHETIC] = True
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet():
-        if isinstance(data, anndata.AnnData):
-            data.write_h5ad(folder / "adata.h5ad")
-        else:
-            data.write_h5mu(folder / "mdata.h5mu")
-    to_scvi_file(saved, folder / SAVED)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        made = Path(temporary, "model")
+        made.mkdir()
+        with quiet():
+            if isinstance(data, anndata.AnnData):
+                data.write_h5ad(made / "adata.h5ad")
+            else:
+                data.write_h5mu(made / "mdata.h5mu")
+        to_scvi_file(saved, made / SAVED)
+        if folder.exists():
+            folder.rmdir()
+        made.rename(folder)
     return folder

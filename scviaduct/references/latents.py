@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLatents:
-    """The reference's own cells.
+    """The reference's own cells, or some of them.
 
     Attributes
     ----------
@@ -45,14 +45,14 @@ class ReferenceLatents:
     variance: FloatArray | None = None
     others: Mapping[str, FloatArray] = field(default_factory=dict)
 
-    def write(self, path: Path, names: Sequence[str]) -> None:
-        """Write the table, a row a cell, beside the cells' names."""
+    def table(self, names: Sequence[str]) -> pa.Table:
+        """A row a cell, beside the cells' names."""
         columns: dict[str, Any] = {"observation_id": pa.array(names, pa.string()), "latent": _lists(self.latent)}
         if self.variance is not None:
             columns["variance"] = _lists(self.variance)
         columns |= {f"latent_{name}": _lists(values) for name, values in self.others.items()}
         columns["label"] = pa.array(self.labels, pa.string())
-        pq.write_table(pa.table(columns), path, compression="zstd", use_dictionary=["label"])
+        return pa.table(columns)
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scviaduct.families.vae import quiet
+from scviaduct.references.outofcore import MappedCounts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +59,8 @@ def write_minified(model: Any, facts: Facts, folder: Path, *, with_counts: bool)
             return None, f"scvi-tools does not read the latents of a {name} from minified data"
         path = folder / ("minified.h5mu" if several else "minified.h5ad")
         _strip(model.adata, facts)
+        if not several and isinstance(model.adata.X, MappedCounts):
+            model.adata.X = model.adata.X.plain()
         model.adata.write(path)
     return path, ""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scviaduct.errors import InputError
+from scviaduct.families.columns import require_read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,14 +37,6 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     str: ("a name", (str,)),
 }
 """Type of an argument's default to what it asks for, and the types that will do."""
-_NEEDED = {
-    "categorical_covariates": "covariates",
-    "continuous_covariates": "covariates",
-    "size_factor_key": "size_factor",
-    "sample_key": "sample",
-    "background": "background",
-}
-"""Field of a recipe to what says, in :class:`~scviaduct.families.Needs`, whether a family reads it."""
 _NOT_TOLD = ("self", "module", "args", "kwargs", "loss_kwargs", "plan_kwargs")
 
 
@@ -97,11 +90,7 @@ def _check_shares(recipe: Recipe) -> None:
 def _check_needs(recipe: Recipe, found: Family) -> None:
     if found.needs.labels == "required" and not recipe.labels_key:
         raise InputError(f"A {found.name} needs labels, and no labels column is named.", "--labels-key cell_type.")
-    for name, need in _NEEDED.items():
-        value = getattr(recipe, name)
-        if value and not getattr(found.needs, need):
-            told = value if isinstance(value, str) else ", ".join(value)
-            raise InputError(f"{flag(name)} {told}: a {found.name} does not read it.", "Leave the option out.")
+    require_read(found, recipe)
     if found.needs.sample and not recipe.sample_key:
         told = f"A {found.name} compares samples, and no column of them is named"
         raise InputError(f"{told}.", "Name one: --sample-key donor.")

@@ -172,7 +172,7 @@ class Reference(Facts):
         Parameters
         ----------
         folder
-            To make, or to put ``model.pt`` and the template's data into.
+            To make; it must be new or empty.
 
         Returns
         -------

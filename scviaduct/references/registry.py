@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from platformdirs import user_data_path
 
 from scviaduct.errors import PackageError
@@ -41,7 +42,13 @@ class Registry:
         self._folder = (folder or home()) / "references"
 
     def add(
-        self, source: str | Path, name: str, *, replace: bool = False, provenance: Mapping[str, Any] | None = None
+        self,
+        source: str | Path,
+        name: str,
+        *,
+        replace: bool = False,
+        provenance: Mapping[str, Any] | None = None,
+        data: bool = True,
     ) -> Reference:
         """Build or copy a package and register it; one of the same digest stays as it is, and is mended if damaged.
 
@@ -55,6 +62,8 @@ class Registry:
             Take the name from another reference.
         provenance
             Where the folder was fetched from; a package keeps its own.
+        data
+            Read the data that lie beside a model; a package is copied with what it holds.
 
         Raises
         ------
@@ -67,19 +76,21 @@ class Registry:
         target = self._folder / name
         temporary = self._folder / f".{name}.{secrets.token_hex(4)}"
         try:
-            made = build_package(Path(source), temporary, name, provenance=provenance)
-            if target.exists():
-                there = None if replace else self._taken(name)  # replacing mends what cannot be read
-                if there is not None and there.digest == made.digest and not there.damaged():
-                    return there
-                if there is not None and there.digest != made.digest:
-                    raise PackageError(
-                        f"Name '{name}' is taken by {there.family} {there.digest[:12]}; this is {made.digest[:12]}.",
-                        "Choose another name, or --replace.",
-                    )
-                self._put_aside(target)
-            temporary.rename(target)
-            self._forget_aside(name)
+            made = build_package(Path(source), temporary, name, provenance=provenance, data_file=data)
+            with self._locked():
+                if target.exists():
+                    there = None if replace else self._taken(name)  # replacing mends what cannot be read
+                    if there is not None and there.digest == made.digest and not there.damaged():
+                        return there
+                    if there is not None and there.digest != made.digest:
+                        raise PackageError(
+                            f"Name '{name}' is taken by {there.family} {there.digest[:12]}; this is"
+                            f" {made.digest[:12]}.",
+                            "Choose another name, or --replace.",
+                        )
+                    self._put_aside(target)
+                temporary.rename(target)
+                self._forget_aside(name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return Reference.load(target)
@@ -143,10 +154,16 @@ class Registry:
 
     def _finish_replacing(self) -> None:
         """Bring back what a killed ``add --replace`` had put aside, if nothing took its place."""
-        for old in self._folder.glob(".*~*"):
-            target = self._folder / old.name[1:].partition("~")[0]
-            if not target.exists():
-                old.rename(target)
+        if not any(self._folder.glob(".*~*")):  # a reader may not be allowed to write
+            return
+        with self._locked():  # not while another process is between the two steps
+            for old in self._folder.glob(".*~*"):
+                target = self._folder / old.name[1:].partition("~")[0]
+                if not target.exists():
+                    old.rename(target)
+
+    def _locked(self) -> FileLock:
+        return FileLock(self._folder.with_name("references.lock"))
 
     def _load(self) -> tuple[tuple[Reference, ...], dict[str, str]]:
         self._finish_replacing()

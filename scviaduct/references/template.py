@@ -18,6 +18,7 @@ from scviaduct.errors import PackageError
 from scviaduct.families import MODALITY, Covariates, family
 from scviaduct.families.vae import quiet
 from scviaduct.references.package import TEMPLATE
+from scviaduct.references.saved.contained import check_contained
 from scviaduct.references.saved.portable import read_model
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def make_template(facts: Facts) -> AnnData:
 
 
 def read_template(folder: Path) -> AnnData:
-    """The template of the package in a folder."""
+    """The template of the package in a folder; a stranger's may lead to other files, and is refused."""
+    check_contained(folder / TEMPLATE)
     with quiet():
         return anndata.read_h5ad(folder / TEMPLATE)
 

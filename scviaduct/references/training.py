@@ -1,7 +1,7 @@
 """Training a reference with scvi-tools, and packaging it at once.
 
-Training holds the selected cells in memory, as sparse counts of the chosen features; everything before it is checked
-first. What a killed run left is gone on from (:mod:`scviaduct.references.checkpoints`).
+Training holds the selected cells in memory, as sparse counts of the chosen features, or maps them from a disk; what can
+be checked is checked first. What a killed run left is gone on from (:mod:`scviaduct.references.checkpoints`).
 """
 
 from __future__ import annotations
@@ -9,25 +9,27 @@ from __future__ import annotations
 import csv
 import shutil
 import tempfile
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from scviaduct.errors import InputError
 from scviaduct.families import Recipe
 from scviaduct.families import family as family_of
 from scviaduct.families.vae import quiet
 from scviaduct.references.building import build_package
-from scviaduct.references.calibration import hold_out
 from scviaduct.references.callbacks import Run
 from scviaduct.references.cells import read_cells, source_uri
 from scviaduct.references.checkpoints import Work, software
 from scviaduct.references.evidence import gather
+from scviaduct.references.holding import Held
 from scviaduct.references.manifest import is_name
 from scviaduct.references.options import check_options, model_arguments, plan_arguments
+from scviaduct.references.outofcore import Place, trains_from_disk
+from scviaduct.references.package import Reference
+from scviaduct.references.ranks import ALONE, Ranks, check_together
 from scviaduct.references.starting import Start
 from scviaduct.references.trainer import Stage, fit_model, make_model
 from scviaduct.sources import open_source
@@ -35,17 +37,11 @@ from scviaduct.sources import open_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import pandas as pd
-
     from scviaduct.families import Family
     from scviaduct.references.callbacks import OnEpoch, Row
     from scviaduct.references.cells import TrainingCells
-    from scviaduct.references.package import Reference
 
 __all__ = ["Options", "Recipe", "train"]
-
-_MOST_HELD = 0.25
-"""Share of the labelled cells whose labels a classifier may lose to calibration that nobody asked for."""
 
 
 def _unheard(name: str, done: int, epochs: int, metrics: Mapping[str, float]) -> None:
@@ -70,12 +66,22 @@ class Options:
         Folder for TensorBoard; None for none.
     say
         Told what is worth a line.
+    out_of_core
+        Whether the counts are left on disk: ``yes``, ``no``, or ``auto`` for what an estimate of their size suggests.
+    ranks
+        Which of several processes this is that train together.
+    provenance, extras
+        What else the package says of itself, and further files of it: name to where it lies.
     """
 
     restart: bool = False
     checkpoint_minutes: float = 10.0
     tensorboard: Path | None = None
     say: Callable[[str], None] = _unsaid
+    out_of_core: str = "auto"
+    ranks: Ranks = ALONE
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Path] = field(default_factory=dict)
 
 
 def train(
@@ -112,32 +118,65 @@ def train(
         If anything is wrong with the recipe or the cells; before any training. Or if the loss is no longer a number.
     """
     options = options or Options()
-    folder = _new_folder(Path(out))
+    folder = new_folder(Path(out))
     found = family_of(recipe.family)
     check_options(recipe, found)
-    _check_run(options)
+    check_run(options, found)
     start = Start(recipe.start, found) if recipe.start else None
     recipe = start.recipe(recipe) if start else recipe
-    stages = _stages(recipe, found, start)
+    stages = stages_of(recipe, found, start)
     with open_source(source_uri(source, recipe)) as opened:
         pinned, version = opened.uri, opened.version
     digest = start.reference.digest if start else ""
     classifies = found.needs.labels == "required"
     work = Work(folder, recipe, pinned, f"{version}{digest}", classifier=classifies)
-    with work.alone():
-        features = work.check(restart=options.restart)
-        if features is not None:
-            options.say(f"going on with the training in {work.folder}")
-        read = read_cells(source, recipe, features or (start.features if start else None))
-        held = _Held.of(read, recipe) if classifies else _Held.none(read)
-        model, rows = _fit(stages, read, recipe, start, work, on_epoch, options)
-        held.give_back(read, recipe)
-        made = _package(folder, model, found, read, recipe, held, rows, start)
-        work.remove()
-    return made
+    ranks = options.ranks
+    with work.alone() if ranks.first else nullcontext():
+        try:
+            read = _read(source, recipe, found, start, work, options)
+            held = Held.of(read, recipe) if classifies else Held.none(read)
+            model, rows = _fit(stages, read, recipe, start, work, on_epoch, options)
+        except InputError:
+            if ranks.first and not work.exists:
+                work.remove()
+            raise
+        if ranks.first:
+            held.give_back(read, recipe)
+            _package(folder, model, found, read, recipe, held, rows, start, options)
+            work.remove()
+        ranks.wait()
+    return Reference.load(folder)
 
 
-def _new_folder(folder: Path) -> Path:
+def _read(
+    source: str, recipe: Recipe, found: Family, start: Start | None, work: Work, options: Options
+) -> TrainingCells:
+    """The cells; of several processes the first reads them, and the others map what it left on disk."""
+    ranks = options.ranks
+    mode = options.out_of_core
+    if ranks.count > 1 and mode == "auto" and trains_from_disk(found):
+        mode = "yes"
+    if not ranks.first:
+        ranks.wait()
+    features = work.check(restart=options.restart and ranks.first)
+    if features is not None and ranks.first:
+        options.say(f"going on with the training in {work.folder}")
+    place = Place(work.folder / "cells", mode, options.say)
+    read = read_cells(source, recipe, features or (start.features if start else None), place)
+    if ranks.first and ranks.count > 1:
+        work.note(read.features)
+        ranks.wait()
+    return read
+
+
+def new_folder(folder: Path) -> Path:
+    """The folder of a package that is to be.
+
+    Raises
+    ------
+    InputError
+        If its name is none, or something is in it.
+    """
     if not is_name(folder.name):
         raise InputError(f"'{folder}' ends in no name for a package.", "Name a folder without a dot: --out lung-v1.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -145,7 +184,16 @@ def _new_folder(folder: Path) -> Path:
     return folder
 
 
-def _check_run(options: Options) -> None:
+def check_run(options: Options, found: Family) -> None:
+    """Refuse what a run cannot be, before anything is read.
+
+    Raises
+    ------
+    InputError
+        If the options contradict the family or what is installed.
+    """
+    Place(mode=options.out_of_core).check(found)
+    check_together(found, options.ranks.count)
     if options.checkpoint_minutes < 0:
         told = f"--checkpoint-minutes {options.checkpoint_minutes:g} is too few"
         raise InputError(f"{told}.", "At least 0, which is after every epoch.")
@@ -154,7 +202,7 @@ def _check_run(options: Options) -> None:
         raise InputError(f"{told}.", "pip install tensorboard; or leave it out: metrics.csv is written in any case.")
 
 
-def _stages(recipe: Recipe, found: Family, start: Start | None) -> list[Stage]:
+def stages_of(recipe: Recipe, found: Family, start: Start | None) -> list[Stage]:
     """The models to train, one after the other."""
     first = family_of(found.starts_from) if found.starts_from else found
     arguments = model_arguments(recipe.settings, found)
@@ -188,11 +236,14 @@ def _fit(
             work.checkpoint(i),
             lambda: work.note(read.features),
             options.checkpoint_minutes,
-            options.tensorboard,
+            options.tensorboard if options.ranks.first else None,
+            ranks=options.ranks,
         )
         done = work.finished(i)
         if done is None:
             fit_model(stage, model, data, recipe, run)
+            if not options.ranks.first:
+                continue
             work.note(read.features)
             work.finish(i, {"weights": dict(model.module.state_dict()), "rows": run.rows})
         else:
@@ -205,60 +256,17 @@ def _fit(
     return model, rows
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """Labels that a classifier is not shown.
-
-    Attributes
-    ----------
-    labels
-        All of them, as they were read; None without labels.
-    cells
-        bool, shape ``(n_cells,)``.
-    why_not
-        Why there are none, where calibration needs some.
-    """
-
-    labels: pd.Series | None
-    cells: np.ndarray
-    why_not: str = ""
-
-    @classmethod
-    def none(cls, read: TrainingCells) -> _Held:
-        return cls(None, np.zeros(read.cells.n_obs, np.bool_))
-
-    @classmethod
-    def of(cls, read: TrainingCells, recipe: Recipe) -> _Held:
-        obs, key = read.cells.obs, str(recipe.labels_key)
-        if not recipe.groups:
-            return cls.none(read)
-        labels = obs[key].astype(object)
-        values, groups = labels.to_numpy(), obs[recipe.groups].astype(object).to_numpy()
-        cells, why_not = hold_out(groups, values, recipe.unlabeled_category, recipe.seed)
-        share = cells.sum() / max((values != recipe.unlabeled_category).sum(), 1)
-        if recipe.calibrate_by is None and share > _MOST_HELD:
-            told = f"a group of '{recipe.groups}' holds {share:.0%} of the labels"
-            return cls(None, np.zeros_like(cells), f"{told}; --calibrate-by {recipe.groups} holds one out all the same")
-        if not why_not:
-            obs[key] = labels.where(~cells, recipe.unlabeled_category).astype("category")
-        return cls(labels, cells, why_not)
-
-    def give_back(self, read: TrainingCells, recipe: Recipe) -> None:
-        """Put the true labels back."""
-        if self.labels is not None:
-            read.cells.obs[recipe.labels_key] = self.labels.astype("category")
-
-
 def _package(
     folder: Path,
     model: Any,
     found: Family,
     read: TrainingCells,
     recipe: Recipe,
-    held: _Held,
+    held: Held,
     rows: Sequence[tuple[str, Row]],
     start: Start | None,
-) -> Reference:
+    options: Options,
+) -> None:
     provenance: dict[str, Any] = {
         "source": read.uri,
         "source_version": read.version,
@@ -266,7 +274,10 @@ def _package(
         "recipe": recipe.told(),
         "epochs": {name: int(row["epoch"]) for name, row in rows},
         "software": software(),
+        **options.provenance,
     }
+    if options.ranks.count > 1:
+        provenance["processes"] = options.ranks.count
     if start:
         provenance["started_from"] = {"name": start.name, "digest": start.reference.digest}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -279,14 +290,13 @@ def _package(
         if recipe.labels_key:  # a package knows a cell without a label by its missing value
             known = read.cells.obs[recipe.labels_key].astype(object)
             read.cells.obs[recipe.labels_key] = known.where(known != recipe.unlabeled_category).astype("category")
-        extras = {"metrics.csv": Path(temporary, "metrics.csv"), **evidence.files}
+        extras = {"metrics.csv": Path(temporary, "metrics.csv"), **evidence.files, **options.extras}
         made = build_package(
             saved, package, folder.name, read.cells, provenance | evidence.provenance, extras, recipe.labels_key or ""
         )
         if folder.exists():
             folder.rmdir()
         shutil.move(made.path, folder)
-    return type(made).load(folder)
 
 
 def _write_metrics(rows: Sequence[tuple[str, Row]], path: Path) -> None:

@@ -61,6 +61,15 @@ def test_reference_list_show_and_verify(call, pbmc):
     assert json.loads(verified.stdout)["ok"] is True
 
 
+@pytest.mark.parametrize(("flags", "told"), [((), "are synthetic cells"), (("--no-data",), "was left out")])
+def test_the_data_of_a_local_folder_are_left_out_if_asked(call, pbmc, tmp_path, flags, told):
+    pbmc.export(tmp_path / "saved")
+    done = call("reference", "add", tmp_path / "saved", "--name", "left", "--json", *flags)
+    call("reference", "remove", "left")
+    assert done.exit_code == 0, done.stderr
+    assert told in json.loads(done.stdout)["notes"][0]
+
+
 def test_a_broken_package_is_named_and_hides_no_other(call, pbmc):
     import shutil
 

@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError
 from fsspec.config import conf
 
 from scviaduct.errors import PackageError
-from scviaduct.references.fetching.cached import MODELS, needed, no_model, offline, room_for
+from scviaduct.references.fetching.cached import holds_model, needed, no_model, offline, room_for
 from scviaduct.references.fetching.download import (
     Expected,
     InterruptedTransferError,
@@ -150,9 +150,9 @@ def fetch_folder(
         return shelf.without_asking(name, bucket.url)
     entries = bucket.list()
     names = sorted(found for found, entry in entries.items() if entry["type"] == "file")
-    if not {*MODELS} & {*names}:
+    if not holds_model(names):
         raise _elsewhere(bucket, entries)
-    wanted = needed(names, data=data)
+    wanted = needed(names, data=data, place=bucket.url)
     infos = {found: bucket.info(found) for found in wanted}
     version = f"{digest({found: [info['ETag'], info['size']] for found, info in infos.items()})}-{name}"
     kept = shelf.load(version)

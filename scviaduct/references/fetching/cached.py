@@ -17,15 +17,19 @@ from scviaduct.errors import PackageError
 from scviaduct.references.fetching.download import Expected, check, no_space
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
-MODELS = ("manifest.json", "model.pt", "model_params.pt")
-"""A folder with one of these is a model: a package, what scvi-tools saves, and what it saved before 0.15."""
+MANIFEST, ENCODER = "manifest.json", "encoder.safetensors"
+"""A folder with both is a package; a manifest alone may be anything's."""
+MODELS = ("model.pt", "model_params.pt")
+"""What scvi-tools saves, and what it saved before 0.15; ``save(prefix=...)`` puts a prefix before the names."""
 DATA = ("adata.h5ad", "mdata.h5mu")
 """What a model was trained on."""
+CELLS = ("latents.parquet", "statistics.safetensors", "calibration.parquet")
+"""What a package that was published carries of its own cells; fetched with the data."""
 _CARRIED = ("_scvi_required_metadata.json", "README.md", "metrics.json", "LICENSE")
-_LEGACY = ("model_params.pt", "attr.pkl", "var_names.csv")
+_LEGACY = ("attr.pkl", "var_names.csv")
 _SHOWN = 8
 _TRUE = ("1", "on", "yes", "true")
 
@@ -52,7 +56,55 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
 
 
-def needed(names: list[str], *, data: bool) -> list[str]:
+def is_package(names: Collection[str]) -> bool:
+    """Whether a folder with these files is a package."""
+    return MANIFEST in names and ENCODER in names
+
+
+def models_of(names: Iterable[str]) -> list[str]:
+    """Which of a folder's files are models of scvi-tools, with any prefix; ``model.pt`` alone where it is there."""
+    found = sorted(name for name in names if name.endswith(MODELS) and not name.startswith("."))
+    return [MODELS[0]] if MODELS[0] in found else found
+
+
+def holds_model(names: Collection[str]) -> bool:
+    """Whether a folder with these files is a package or holds a model, or several."""
+    return is_package(names) or bool(models_of(names))
+
+
+def model_folders(paths: Iterable[str]) -> list[str]:
+    """Folders that hold a model, of all files' paths below a place; the place itself is the empty name."""
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    return sorted(folder for folder, names in folders.items() if holds_model(names))
+
+
+def prefix_of(names: Collection[str], place: str) -> str:
+    """What precedes the names of the one model that a folder holds, mostly nothing.
+
+    Parameters
+    ----------
+    names
+        Files directly in the folder.
+    place
+        What the folder is called in messages.
+
+    Raises
+    ------
+    PackageError
+        If the folder holds several models.
+    """
+    found = models_of(names)
+    if len(found) > 1:
+        shown = [ascii(name[:80])[1:-1] for name in found[:_SHOWN]]  # names may be a stranger's
+        listed = ", ".join(shown) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+        raise PackageError(f"{place} holds several models in one folder: {listed}.", "Give each a folder of its own.")
+    return next((name.removesuffix(end) for name in found for end in MODELS if name.endswith(end)), "")
+
+
+def needed(names: Collection[str], *, data: bool, place: str) -> list[str]:
     """Which of a folder's files are fetched: all of a package, and of another model those that are read.
 
     Parameters
@@ -61,12 +113,30 @@ def needed(names: list[str], *, data: bool) -> list[str]:
         Files directly in the folder.
     data
         Whether the training data are wanted.
+    place
+        What the folder is called in messages.
+
+    Raises
+    ------
+    PackageError
+        If the folder holds several models.
     """
-    if "manifest.json" in names:
+    if is_package(names):
         return sorted(name for name in names if not name.startswith("."))
-    model = ("model.pt",) if "model.pt" in names else _LEGACY
-    wanted = {*model, *_CARRIED, *(DATA if data else ())}
+    prefix, models = prefix_of(names, place), models_of(names)
+    parts = _LEGACY if any(model.endswith(MODELS[1]) for model in models) else ()
+    wanted = {
+        *models,
+        *_CARRIED,
+        *(f"{prefix}{name}" for name in parts),
+        *((*data_names(prefix), *CELLS) if data else ()),
+    }
     return sorted(wanted & set(names))
+
+
+def data_names(prefix: str) -> tuple[str, ...]:
+    """What a model's training data may be called, the preferred first."""
+    return tuple(dict.fromkeys(f"{start}{name}" for start in (prefix, "") for name in DATA))
 
 
 def no_model(place: str, found: list[str], chosen: str = "") -> PackageError:
@@ -87,7 +157,7 @@ def no_model(place: str, found: list[str], chosen: str = "") -> PackageError:
         problem = f"has no model in '{chosen}', but in" if chosen else "holds its models in folders:"
         return PackageError(f"{place} {problem} {listed}.", f"Name one: {place}#{shown[0]}")
     return PackageError(
-        f"{place} holds no model: there is no {', '.join(MODELS[1:])} or package in it.",
+        f"{place} holds no model: there is no {', '.join(MODELS)} or package in it.",
         "Name a folder that model.save(), scvi-hub or scviaduct made, e.g. hf://scvi-tools/tabula-sapiens-heart-scvi.",
     )
 

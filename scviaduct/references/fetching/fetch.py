@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scviaduct.errors import PackageError, SourceError
-from scviaduct.references.fetching.cached import MODELS, Fetched, Shelf, no_model, offline
+from scviaduct.references.fetching.cached import Fetched, Shelf, holds_model, is_package, no_model, offline, prefix_of
 from scviaduct.references.fetching.download import (
     LIMIT,
     Expected,
@@ -58,7 +58,8 @@ def fetch(
     cache
         Where downloads are kept; None for ``downloads`` in :func:`scviaduct.references.registry.home`.
     data
-        Whether to fetch the data that the model was trained on, too.
+        Whether to fetch the data that the model was trained on, too. Of a local folder nothing is fetched: who reads
+        it leaves the data out (``Registry.add(data=False)``).
     limit
         Most bytes of one file.
     on_progress
@@ -114,9 +115,12 @@ def _local(text: str, cache: Path, *, data: bool) -> Fetched:
         name, _, choose = text.rpartition("#")
         path = Path(name).expanduser()
     if path.is_dir():
-        if not any((path / name).is_file() for name in MODELS):
-            below = sorted({found.parent.name for name in MODELS for found in path.glob(f"*/{name}")})
+        names = _names(path)
+        if not holds_model(names):
+            below = sorted(found.name for found in path.glob("*/") if holds_model(_names(found)))
             raise _no_local_model(path, below)
+        if not is_package(names):
+            prefix_of(names, f"'{path}'")
         return Fetched(path, {"uri": str(path.absolute()), "kind": "folder"})
     if not path.is_file():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", text)
@@ -127,6 +131,11 @@ def _local(text: str, cache: Path, *, data: bool) -> Fetched:
     with shelf.locked():
         kept = _unpacked(path, received, shelf, str(path), choose, {"kind": "zip"}, data=data)
     return _named(kept, uri=f"{path.absolute()}{f'#{choose}' if choose else ''}")
+
+
+def _names(folder: Path) -> list[str]:
+    """Files directly in a folder; none if it may not be read."""
+    return [path.name for path in folder.glob("*") if path.is_file()]
 
 
 def _no_local_model(path: Path, below: list[str]) -> PackageError:

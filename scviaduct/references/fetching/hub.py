@@ -22,7 +22,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from scviaduct import __version__
 from scviaduct.errors import PackageError
-from scviaduct.references.fetching.cached import MODELS, needed, no_model, offline, room_for
+from scviaduct.references.fetching.cached import holds_model, model_folders, needed, no_model, offline, room_for
 from scviaduct.references.fetching.download import Expected, RefusedTransferError, download
 from scviaduct.references.fetching.web import TIMEOUT, over_http
 
@@ -207,11 +207,11 @@ def _files(pinned: Repository, *, data: bool) -> dict[str, Expected]:
         for path, entry in entries.items()
         if path.startswith(top) and "/" not in path.removeprefix(top)
     }
-    if not {*MODELS} & {*here}:
-        below = sorted({path.rpartition("/")[0] for path in entries if path.rpartition("/")[2] in MODELS})
-        raise no_model(f"hf://{pinned.name}", [folder for folder in below if folder], pinned.folder)
+    if not holds_model(here):
+        below = [folder for folder in model_folders(entries) if folder]
+        raise no_model(f"hf://{pinned.name}", below, pinned.folder)
     known = {}
-    for name in needed(list(here), data=data):
+    for name in needed(here, data=data, place=str(pinned)):
         entry = here[name]
         if entry.lfs is None:
             known[name] = Expected(entry.size, git_sha1=entry.blob_id)

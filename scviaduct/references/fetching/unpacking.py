@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from scviaduct.errors import PackageError
-from scviaduct.references.fetching.cached import MODELS, needed, no_model, room_for
+from scviaduct.references.fetching.cached import model_folders, needed, no_model, room_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,7 +92,7 @@ def unpack(
     members = _members(archive, place, limits)
     folder = _model_folder({str(path) for path in members}, place, choose)
     there = {path.name: info for path, info in members.items() if path.parent == folder}
-    chosen = {name: there[name] for name in needed(list(there), data=data)}
+    chosen = {name: there[name] for name in needed(there, data=data, place=place)}
     room_for(out.parent, sum(info.file_size for info in chosen.values()))
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
@@ -207,8 +207,7 @@ def _shown(name: str) -> str:
 
 
 def _model_folder(names: set[str], place: str, choose: str) -> PurePosixPath:
-    folders = sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in MODELS})
-    folders = [folder for folder in folders if "__MACOSX" not in folder]
+    folders = [folder or "." for folder in model_folders(names) if "__MACOSX" not in folder]
     if choose:
         wanted = str(PurePosixPath(choose.strip("/")))
         if wanted in folders:

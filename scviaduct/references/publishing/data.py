@@ -21,6 +21,7 @@ from scviaduct.families.registered import own_categories
 from scviaduct.families.vae import instantiate, quiet
 from scviaduct.references.exporting import SAVED
 from scviaduct.references.package import MINIFIED, TEMPLATE
+from scviaduct.references.publishing.carried import NAMES_LEFT
 from scviaduct.references.saved.portable import read_model, to_scvi_file
 from scviaduct.references.template import CELLS, SYNTHETIC
 
@@ -175,7 +176,7 @@ def _identify(data: Any, reference: Reference) -> None:
 
 def _refused(data: Any, columns: Sequence[str], *, with_counts: bool, with_ids: bool) -> tuple[str, ...]:
     there = dict.fromkeys(str(name) for part in (data, *parts_of(data)) for name in part.obs)
-    told = [] if with_ids else ["names of the cells: replaced by numbers (--with-ids keeps them)"]
+    told = [] if with_ids else [NAMES_LEFT]
     if has_counts(data) and not with_counts:
         told.append("counts of the cells (--with-counts publishes them)")
     left = [name for name in there if name not in columns and not name.startswith(_OWN) and name != "_indices"]

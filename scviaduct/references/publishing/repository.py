@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -13,6 +13,7 @@ from scviaduct.families.vae import quiet
 from scviaduct.references.package import MODEL, REGISTRY, TEMPLATE
 from scviaduct.references.publishing import privacy
 from scviaduct.references.publishing.card import Describing, anndata_version, describe
+from scviaduct.references.publishing.carried import group_column, label_column, write_cells
 from scviaduct.references.publishing.criticism import Criticism, criticise, criticise_cells
 from scviaduct.references.publishing.data import Data, has_counts, parts_of, read_minified, write_data
 from scviaduct.references.saved.portable import read_model
@@ -79,7 +80,7 @@ class Contents:
     columns
         obs columns of the data.
     refused
-        What was left out of the data, as sentences.
+        What was left out of the data and of the latents, as sentences.
     """
 
     folder: Path
@@ -120,6 +121,8 @@ def write_repository(reference: Reference, name: str, folder: Path, options: Opt
     criticism = _criticism(reference, data, options)
     folder.mkdir(parents=True, exist_ok=True)
     written = write_data(reference, data, folder, needed, with_counts=options.with_counts, with_ids=options.with_ids)
+    left = write_cells(reference, folder, needed, options.allow_columns, with_ids=options.with_ids)
+    written = replace(written, refused=tuple(dict.fromkeys((*written.refused, *left))))
     module = family(reference.family).module
     metrics = _write_metrics(reference, folder, criticism)
     told = Describing(name, module, written, criticism, metrics, options, read_model(reference.path), folder)
@@ -151,6 +154,8 @@ def _require_public(reference: Reference, data: Any, options: Options) -> set[st
     registry = read_model(reference.path).attr_dict["registry_"]
     columns = privacy.registered_columns(registry, reference)
     there = {str(column) for part in ((data, *parts_of(data)) if data is not None else ()) for column in part.obs}
+    if reference.has_latents:
+        there |= {label_column(reference), group_column(reference)} - {""}
     # Without cells, the model holds categories and no numbers.
     held = {column: values for column, values in columns.items() if values or data is not None}
     privacy.require_public(held, reference, options.allow_columns, {*there, *columns})

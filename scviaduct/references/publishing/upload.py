@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +26,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported la
 
 from scviaduct.errors import InputError, PackageError
 from scviaduct.references.exporting import SAVED
-from scviaduct.references.fetching.cached import DATA, offline
+from scviaduct.references.fetching.cached import CELLS, DATA, offline
 from scviaduct.references.fetching.fetch import fetch
 from scviaduct.references.fetching.hub import Repository, asked, client
 from scviaduct.references.publishing.repository import CARD, METADATA, METRICS
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from scviaduct.references.publishing.repository import Contents
 
 _TARGET = re.compile(r"hf://([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
-_OURS = (SAVED, METADATA, CARD, METRICS, *DATA)
+_OURS = (SAVED, METADATA, CARD, METRICS, *DATA, *CELLS)
 _ANYONES = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", CARD)
 """Files that do not say what a repository is for."""
 _WHOLE = "No reader sees half of it: the commit comes last."
@@ -114,9 +115,11 @@ def upload(contents: Contents, target: Repository, *, private: bool = False, rep
         return there.commit
     told = f"Publish {contents.family} with scviaduct"
     parent = there.commit if there else None
-    made = _write(
-        lambda: client().create_commit(target.name, changes, commit_message=told, parent_commit=parent), target
-    )
+    with warnings.catch_warnings():  # the client takes every table for a data set
+        warnings.filterwarnings("ignore", "It seems that you are about to commit a data file", UserWarning)
+        made = _write(
+            lambda: client().create_commit(target.name, changes, commit_message=told, parent_commit=parent), target
+        )
     commit = str(made.oid)
     _verify(contents, target, commit)
     return commit

@@ -44,7 +44,8 @@ def legacy_prefix(folder: Path) -> str | None:
     PackageError
         If the folder holds several models, or one that is not whole.
     """
-    found = sorted(path.name.removesuffix(PARAMETERS) for path in folder.glob(f"*{PARAMETERS}"))
+    names = [path.name for path in folder.glob(f"*{PARAMETERS}") if path.name[0] != "."]  # a Mac leaves ._NAME
+    found = sorted(name.removesuffix(PARAMETERS) for name in names)
     if len(found) > 1:
         raise PackageError(
             f"'{folder}' holds several models: {', '.join(f'{prefix}{PARAMETERS}' for prefix in found[:5])}.",

@@ -59,7 +59,7 @@ def read_saved(folder: Path) -> tuple[SavedModel, tuple[str, ...]]:
         saved = read_model(folder)
     elif (folder / MODEL).is_file():
         saved = read_model_file(folder / MODEL)
-    elif (prefixed := sorted(folder.glob(f"*{MODEL}"))) and len(prefixed) == 1:
+    elif (prefixed := sorted(path for path in folder.glob(f"*{MODEL}") if path.name[0] != ".")) and len(prefixed) == 1:
         saved = read_model_file(prefixed[0])
     elif legacy_prefix(folder) is not None:
         saved = read_legacy(folder)

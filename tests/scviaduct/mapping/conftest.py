@@ -80,7 +80,7 @@ def conditional(trained):
 def pbmc(symphony, tmp_path_factory):
     """A SCANVI of real cells of two chemistries; those of the third are its query."""
     uri = f"{symphony}?filter=batch in ['3pv1', '3pv2']"
-    recipe = Recipe("scanvi", labels_key="cell_type", batch_key="batch", genes=0, epochs=8, scanvi_epochs=6)
+    recipe = Recipe(family="scanvi", labels_key="cell_type", batch_key="batch", genes=0, epochs=8, scanvi_epochs=6)
     return train(uri, replace(recipe, device="cpu"), tmp_path_factory.mktemp("pbmc") / "pbmc")
 
 

@@ -17,6 +17,7 @@ from scviaduct.errors import InputError, PackageError, UnsafeModelError, Unsuppo
 from scviaduct.families.vae import quiet
 from scviaduct.references.building import build_package
 from scviaduct.references.manifest import file_digest
+from scviaduct.references.registry import Registry
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,44 @@ def test_without_data(scvi_folder, scanvi_folder, tmp_path):
         assert set(package.genes.columns) == {"index"}
         with pytest.raises(PackageError, match=f"Reference '{name}' has no latents of its own.*adata.h5ad"):
             package.latents()
+
+
+def test_the_data_beside_a_model_are_left_out_if_asked(scvi_folder, tmp_path, monkeypatch):
+    def opened(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(anndata, "read_h5ad", opened)
+    package = Registry(tmp_path / "home").add(scvi_folder, "lean", data=False)
+    assert not package.has_latents
+    assert package.notes[0] == "Its data (adata.h5ad) was left out, so the package has no latents of its own."
+    with pytest.raises(AssertionError):
+        Registry(tmp_path / "home").add(scvi_folder, "whole")
+
+
+def test_a_model_saved_with_a_prefix(scvi_model, scvi_package, tmp_path):
+    with quiet():
+        scvi_model.save(str(tmp_path / "saved"), prefix="lung_", save_anndata=True)
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"lung_model.pt", "lung_adata.h5ad"}
+    package = build_package(tmp_path / "saved", tmp_path / "package", "lung")
+    assert package.has_latents
+    assert package.digest == scvi_package.digest
+    shutil.copyfile(tmp_path / "saved" / "lung_model.pt", tmp_path / "saved" / "heart_model.pt")
+    with pytest.raises(PackageError, match=r"several: heart_model\.pt, lung_model\.pt\."):
+        build_package(tmp_path / "saved", tmp_path / "two", "two")
+
+
+def test_a_manifest_of_another_program_hides_no_model(scvi_folder, scvi_package, tmp_path):
+    shutil.copytree(scvi_folder, tmp_path / "saved")
+    (tmp_path / "saved" / "manifest.json").write_text('{"short_name": "a web app"}')
+    assert build_package(tmp_path / "saved", tmp_path / "package", "app").digest == scvi_package.digest
+
+
+def test_a_package_without_its_encoder_is_not_packaged_again(scvi_package, tmp_path):
+    shutil.copytree(scvi_package.path, tmp_path / "torn")
+    (tmp_path / "torn" / "encoder.safetensors").unlink()
+    with pytest.raises(PackageError, match=r"encoder\.safetensors"):
+        build_package(tmp_path / "torn", tmp_path / "package", "torn")
+    assert not (tmp_path / "package").exists()
 
 
 def test_data_at_hand_goes_before_the_file(scvi_folder, cells, tmp_path):
@@ -419,5 +458,5 @@ def test_a_model_exported_to_scvi_tools_comes_back_without_latents_of_its_own(sc
     assert "Its data are synthetic cells, so the package has no latents of its own." in again.notes
     template = [json.loads((p.path / "manifest.json").read_text())["template_latent"] for p in (scanvi_package, again)]
     assert template[0] == template[1]
-    with pytest.raises(InputError, match=r"holds a model.pt\. Name a new folder"):
+    with pytest.raises(InputError, match=r"is there and not empty\. Name a new folder"):
         scanvi_package.export(folder)

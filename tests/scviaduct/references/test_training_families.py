@@ -311,3 +311,19 @@ def test_scarches_makes_a_reference_that_surgery_moves(cells, tmp_path):
     names = read_model(made.path).state_dict
     assert "z_encoder.encoder.fc_layers.Layer 1.0.weight" in names
     assert not any("running_mean" in name for name in names)
+
+
+def test_a_totalvi_of_several_panels(shared_data, tmp_path):
+    cells = anndata.read_h5ad(shared_data / "citeseq_pbmc5k_scvitests.h5ad")
+    cells.obs["panel"] = [f"panel {i % 2}" for i in range(cells.n_obs)]
+    cells.obs["lane"] = [f"lane {i % 2}" for i in range(cells.n_obs)]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    source = f"{tmp_path / 'cells.h5ad'}?proteins=protein_expression"
+    told = Recipe(family="TOTALVI", genes=100, epochs=1, device="cpu", panel_key="panel", batch_key="lane")
+    made = train(source, told, tmp_path / "m")
+    assert made.verify().ok
+    assert read_model(made.path).attr_dict["registry_"]["setup_args"]["panel_key"] == "panel"
+    with pytest.raises(InputError, match=r"'panel' has 2 panels and there are 1 batches"):
+        train(source, replace(told, batch_key=None), tmp_path / "n")
+    with pytest.raises(InputError, match=r"--panel-key panel: a SCVI does not read it"):
+        train(source, Recipe(family="SCVI", genes=100, epochs=1, device="cpu", panel_key="panel"), tmp_path / "n")

@@ -15,7 +15,7 @@ from scviaduct.errors import InputError
 from scviaduct.references.building import build_package
 from scviaduct.references.choosing.choice import choose
 from scviaduct.references.choosing.columns import Column, is_control, is_untold
-from scviaduct.references.choosing.commands import stem_of, train_command
+from scviaduct.references.choosing.commands import TOLD, notes_of, stem_of, train_command
 from scviaduct.references.choosing.fits import Fit
 from scviaduct.references.choosing.profile import Profile, with_parameters
 from scviaduct.references.choosing.tree import ROOT, TREE, Leaf, Node, explained, walk
@@ -223,15 +223,47 @@ def test_commands_as_a_shell_takes_them():
     assert options(train_command(profile(perturbation=missing), "ContrastiveVI"))[0].endswith("perturbation != None")
 
 
+WITHOUT_SURGERY = "The encoder does not read the batch (encode_covariates=False), so that cells of new batches map"
+
+
 @pytest.mark.parametrize(
-    ("family", "aim", "recipe"),
-    [("SCVI", "map", True), ("MULTIVI", "map", True), ("SCVI", "", False), ("MRVI", "map", False)],
+    ("family", "aim", "setting", "note"),
+    [
+        ("SCVI", "map", None, WITHOUT_SURGERY),
+        ("SCANVI", "", None, WITHOUT_SURGERY),
+        ("MULTIVI", "map", None, WITHOUT_SURGERY),
+        ("PEAKVI", "map", None, WITHOUT_SURGERY),
+        ("TOTALVI", "map", "encode_covariates=False", "--set encode_covariates=False, because --aim map"),
+        ("TOTALVI", "", None, "TOTALVI's encoder reads the batch unless it is told not to"),
+        ("MRVI", "map", None, "MRVI's encoder reads the sample: cells of samples that it was not trained on"),
+        ("ContrastiveVI", "map", None, "ContrastiveVI's encoder reads the batch: cells of batches that it was not"),
+    ],
 )
-def test_the_recipe_for_surgery(family, aim, recipe):
+def test_what_is_trained_maps_new_batches_or_says_that_it_does_not(family, aim, setting, note):
     batch = Column("batch", {"a": 500, "b": 500})
-    _, told = options(train_command(profile(aim=aim, batch=batch, samples=DONORS), family))
-    assert told.get("--recipe") == ("scarches" if recipe else None)
+    seen = profile(aim=aim, batch=batch, samples=DONORS, perturbation=KNOCKED)
+    _, told = options(train_command(seen, family))
+    assert "--recipe" not in told  # that of surgery refuses new batches
+    assert told.get("--set") == setting
     assert told.get("--sample-key") == ("donor_id" if family == "MRVI" else None)
+    notes = notes_of(seen, family)
+    assert any(one.startswith(note) for one in notes), notes
+    assert not any("surgery" in one and "without surgery" not in one for one in notes)
+
+
+@pytest.mark.parametrize("family", ["SCVI", "SCANVI", "MULTIVI", "PEAKVI", "TOTALVI"])
+def test_which_families_read_the_batch_unless_they_are_told(family):
+    import inspect
+
+    from scvi import module
+
+    built = {"SCVI": "VAE", "SCANVI": "SCANVAE", "MULTIVI": "MULTIVAE", "PEAKVI": "PEAKVAE", "TOTALVI": "TOTALVAE"}
+    parent = next(
+        one
+        for one in getattr(module, built[family]).__mro__
+        if "encode_covariates" in inspect.signature(one).parameters
+    )
+    assert inspect.signature(parent).parameters["encode_covariates"].default is (family in TOLD)
 
 
 def test_a_batch_of_one_value_and_the_samples_are_no_batch_key():

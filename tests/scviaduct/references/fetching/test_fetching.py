@@ -64,6 +64,53 @@ def test_a_local_archive(tmp_path, cache):
     assert (fetch(f"{two}#a", cache=cache).folder / "model.pt").read_bytes() == b"a"
 
 
+PREFIXED = {"lung_model.pt": MODEL, "lung_adata.h5ad": b"data", "README.md": b"# Lung", "notes.txt": b"x"}
+OLD = {f"lung_{name}": b"x" for name in ("model_params.pt", "attr.pkl", "var_names.csv")}
+
+
+def laid(folder, files):
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_models_saved_with_a_prefix(tmp_path, cache):
+    folder = laid(tmp_path / "lung", PREFIXED)
+    assert fetch(folder, cache=cache).folder == folder
+    assert fetch(laid(tmp_path / "old", OLD), cache=cache).folder == tmp_path / "old"
+    archive = tmp_path / "lung.zip"
+    archive.write_bytes(zipped({f"lung/{name}": content for name, content in PREFIXED.items()}))
+    assert names(fetch(archive, cache=cache).folder) == ["README.md", "lung_adata.h5ad", "lung_model.pt"]
+    assert names(fetch(archive, cache=cache, data=False).folder) == ["README.md", "lung_model.pt"]
+    archive.write_bytes(zipped({**OLD, "attr.pkl": b"another's", ".lung_model.pt": b"hidden"}))
+    assert names(fetch(archive, cache=cache).folder) == sorted(OLD)
+    with pytest.raises(PackageError, match=r"holds no model, but its folders lung, old do"):
+        fetch(tmp_path, cache=cache)
+
+
+def test_several_models_in_one_folder_are_named(tmp_path, cache):
+    two = {"lung_model.pt": MODEL, "heart_model.pt": MODEL}
+    told = r"holds several models in one folder: heart_model\.pt, lung_model\.pt\. Give each a folder of its own"
+    with pytest.raises(PackageError, match=told):
+        fetch(laid(tmp_path / "two", two), cache=cache)
+    archive = tmp_path / "two.zip"
+    archive.write_bytes(zipped(two))
+    with pytest.raises(PackageError, match=told):
+        fetch(archive, cache=cache)
+    archive.write_bytes(zipped({**two, "model.pt": b"the one"}))
+    assert names(fetch(archive, cache=cache).folder) == ["model.pt"]
+
+
+def test_a_manifest_of_another_program_hides_no_model(tmp_path, cache):
+    foreign = {"manifest.json": b'{"name": "web app"}', "index.html": b"<p>"}
+    with pytest.raises(PackageError, match="holds no model"):
+        fetch(laid(tmp_path / "app", foreign), cache=cache)
+    archive = tmp_path / "both.zip"
+    archive.write_bytes(zipped({**foreign, "model.pt": MODEL, "app/manifest.json": b"{}"}))
+    assert names(fetch(archive, cache=cache).folder) == ["model.pt"]
+
+
 def test_an_archive_of_a_web_server_is_asked_for_once(hub, cache, monkeypatch):
     hub.served["files/heart.zip"] = content = zipped(FILES)
     uri = f"{hub.url}/served/files/heart.zip"
@@ -218,6 +265,11 @@ def test_an_archive_in_a_bucket_is_resumed(s3, cache):
     assert got.provenance["archive"]["sha256"] == hashlib.sha256(content).hexdigest()
     assert fetch("s3://atlas-zip/x/heart.zip", cache=cache, on_progress=seen.append) == got
     assert len(seen) == 1  # the same ETag: nothing came
+
+
+def test_a_bucket_with_a_prefixed_model(s3, cache):
+    s3.put("atlas-prefix", {f"lung/{name}": content for name, content in PREFIXED.items()})
+    assert names(fetch("s3://atlas-prefix/lung", cache=cache, data=False).folder) == ["README.md", "lung_model.pt"]
 
 
 def test_buckets_that_have_no_model(s3, cache, monkeypatch):

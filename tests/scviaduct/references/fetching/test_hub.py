@@ -367,6 +367,18 @@ def test_legacy_files_and_packages_come_whole(hub, cache):
     assert names(fetch("hf://lab/new", cache=cache).folder) == ["encoder.safetensors", "manifest.json"]
 
 
+def test_prefixed_models_and_manifests_of_other_programs(hub, cache):
+    hub.add("lab/lung", {"manifest.json": b"{}", "lung_model.pt": MODEL, "lung_adata.h5ad": b"d", "train.py": b"x"})
+    assert names(fetch("hf://lab/lung", cache=cache).folder) == ["lung_adata.h5ad", "lung_model.pt"]
+    assert names(fetch("hf://lab/lung", cache=cache, data=False).folder) == ["lung_model.pt"]
+    hub.add("lab/two", {"a_model.pt": MODEL, "b_model_params.pt": MODEL})
+    with pytest.raises(PackageError, match=r"hf://lab/two.* several models .*: a_model\.pt, b_model_params\.pt\."):
+        fetch("hf://lab/two", cache=cache)
+    hub.add("lab/app", {"manifest.json": b"{}", "in/lung_model.pt": MODEL, "web/manifest.json": b"{}"})
+    with pytest.raises(PackageError, match=r"holds its models in folders: in\. Name one: hf://lab/app#in"):
+        fetch("hf://lab/app", cache=cache)
+
+
 # The client's own upload without Xet; it sends a file as data.
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_a_commit_is_uploaded_and_fetched(hub, cache, monkeypatch, tmp_path):

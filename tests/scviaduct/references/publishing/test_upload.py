@@ -20,7 +20,14 @@ pytest_plugins = ["tests.support.fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 NAME = "lab/mini"
 TARGET = target_of(f"hf://{NAME}")
-FILES = ["README.md", "_scvi_required_metadata.json", "adata.h5ad", "model.pt"]
+FILES = [
+    "README.md",
+    "_scvi_required_metadata.json",
+    "adata.h5ad",
+    "latents.parquet",
+    "model.pt",
+    "statistics.safetensors",
+]
 
 
 @pytest.fixture
@@ -75,7 +82,7 @@ def test_another_model_is_not_overwritten(lab, contents, minified, tmp_path):
     assert lab.repos[NAME].refs["main"] == first
 
     second = upload(other, TARGET, replace=True)
-    assert files(lab, second) == ["README.md", "_scvi_required_metadata.json", "mdata.h5mu", "model.pt"]
+    assert files(lab, second) == sorted({*FILES, "mdata.h5mu"} - {"adata.h5ad"})
     assert files(lab, first) == FILES
 
 
