@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 FEW_CELLS = 1_000
 """Fewer cells than this are few to train on; there is no sharp bound."""
-SURGERY = ("SCVI", "SCANVI", "TOTALVI", "MULTIVI", "PEAKVI")
-"""Families whose latents scArches surgery can move."""
+BLIND = ("SCVI", "SCANVI", "TOTALVI", "MULTIVI", "PEAKVI")
+"""Families whose encoder can do without the batch, so that cells of new batches map."""
+TOLD = ("TOTALVI",)
+"""Those of them whose encoder reads the batch unless it is told not to (``encode_covariates`` of scvi-tools 1.5)."""
+_NOT_READ = "encode_covariates=False"
 _DEFAULT_UNTOLD = "unknown"  # what --unlabeled-category is unless it is given
 
 
@@ -66,14 +69,9 @@ def train_command(profile: Profile, family: str) -> str:
     options = [*_labels(profile, family), *_batch(profile, family), *_sample(profile, family)]
     for told in background:
         options += told.split("=", 1)
-    if surgery_asked(profile, family):
-        options += ["--recipe", "scarches"]
+    if profile.aim == "map" and family in TOLD and batch_of(profile, family) is not None:
+        options += ["--set", _NOT_READ]
     return _line("train", uri, "--family", family.lower(), *options, "--out", made_name(profile, family))
-
-
-def surgery_asked(profile: Profile, family: str) -> bool:
-    """Whether a reference is to take new batches later: it is to be mapped to, and its cells have batches."""
-    return profile.aim == "map" and family in SURGERY and batch_of(profile, family) is not None
 
 
 def batch_of(profile: Profile, family: str) -> Column | None:
@@ -122,14 +120,9 @@ def _notes(profile: Profile, family: str) -> Iterator[str]:
     if profile.cells < FEW_CELLS:
         yield f"{profile.cells:,} cells are few to train on; there is no sharp bound, and 1,000 is ours."
     batch, column = batch_of(profile, family), profile.perturbation
-    if surgery_asked(profile, family):
-        yield "--recipe scarches, because --aim map: the encoder reads the batch, so that surgery can fit new batches."
-    elif batch is not None and family in SURGERY:
-        yield (
-            "If cells of new batches will be mapped later and their batch is to be taken out of the latent, add "
-            "--recipe scarches: the encoder then reads the batch, and surgery can fit new ones."
-        )
-    elif family in SURGERY:
+    if batch is not None or family == "MRVI":
+        yield _of_new_batches(profile, family)
+    elif family in BLIND:
         yield "No batch key: no column of several batches was found, so that nothing is corrected."
     if batch is not None and batch.missing:
         yield f"{batch.missing:,} cells have no value in '{batch.name}': fill it, or filter them out."
@@ -144,6 +137,21 @@ def _notes(profile: Profile, family: str) -> Iterator[str]:
         yield from _of_samples(profile, profile.samples)
     if family == "MULTIVI" and profile.paired < 1:
         yield f"{profile.paired:.0%} of the sampled cells have counts in every modality; MULTIVI takes the others too."
+
+
+def _of_new_batches(profile: Profile, family: str) -> str:
+    """Whether what is trained maps cells of batches that it was not trained on."""
+    if family not in BLIND:
+        one, more = ("sample", "samples") if family == "MRVI" else ("batch", "batches")
+        return f"{family}'s encoder reads the {one}: cells of {more} that it was not trained on cannot be mapped."
+    if family not in TOLD:
+        return f"The encoder does not read the batch ({_NOT_READ}), so that cells of new batches map without surgery."
+    if profile.aim == "map":
+        return f"--set {_NOT_READ}, because --aim map: cells of new batches map without surgery."
+    return (
+        f"{family}'s encoder reads the batch unless it is told not to: if cells of new batches will be mapped later, "
+        f"add --set {_NOT_READ}."
+    )
 
 
 def _of_samples(profile: Profile, samples: Column) -> Iterator[str]:
