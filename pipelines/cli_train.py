@@ -17,7 +17,7 @@ def train(
     source: Annotated[str | None, Argument(metavar="SOURCE", help=SOURCE_HELP)] = None,
     family: Annotated[
         str | None,
-        Option(help="scvi, scanvi, totalvi, multivi, peakvi, mrvi, contrastivevi …", rich_help_panel=_MODEL),
+        Option(help="scvi, scanvi, totalvi, multivi, peakvi, poissonvi, mrvi, contrastivevi.", rich_help_panel=_MODEL),
     ] = None,
     out: Annotated[str | None, Option(help="Folder of the package that is made.", rich_help_panel=_RUN)] = None,
     recipe: Annotated[

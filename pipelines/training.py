@@ -82,8 +82,8 @@ def train(
     source
         URI of the training cells.
     family
-        ``scvi``, ``scanvi``, ``totalvi``, ``multivi``, ``peakvi``, ``mrvi`` or ``contrastivevi``. A SCANVI starts from
-        an SCVI trained on the same cells.
+        ``scvi``, ``scanvi``, ``totalvi``, ``multivi``, ``peakvi``, ``poissonvi``, ``mrvi`` or
+        ``contrastivevi``. A SCANVI starts from an SCVI trained on the same cells.
     out
         Folder of the package; new or empty. A run that was killed leaves ``.NAME.training`` beside it, and the same
         call goes on from there.
