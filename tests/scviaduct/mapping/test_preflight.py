@@ -499,7 +499,7 @@ def test_an_unknown_name_cannot_be_accepted(check, make_cells, scanvi):
         check(make_cells(), scanvi).accept(["gene"])
     assert str(error.value) == (
         "--accept gene: no check has that name. Checks: cells, reading, genes, gene-ids, counts, empty-cells, batch,"
-        " covariates, labels."
+        " sample, covariates, labels."
     )
 
 
