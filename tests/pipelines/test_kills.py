@@ -17,7 +17,7 @@ from scviaduct.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 CELLS = 1500
-SHARD = 25  # small, so that a driver is killed amid its units however fast they go
+SHARD = 10  # small, so that a driver is killed amid its units however fast they go
 UNITS = CELLS // SHARD
 
 
