@@ -157,6 +157,9 @@ class Scan:
         Summary of each requested obs column that exists.
     missing
         Requested obs columns that a file or experiment lacks: column to the first place that lacks it.
+    groups
+        If columns to group by were named, one per shard in the order of ``shards``: combination of their values (as
+        text, None for a missing one) to number of cells.
     """
 
     shards: tuple[Shard, ...]
@@ -165,6 +168,7 @@ class Scan:
     empty: tuple[str, ...] = ()
     columns: MappingType[str, ColumnSummary] = field(default_factory=dict)
     missing: MappingType[str, str] = field(default_factory=dict)
+    groups: tuple[MappingType[tuple[str | None, ...], int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +230,11 @@ class Mapping:
     probability, margin, entropy
         float32, shape ``(n_cells,)``; probability of the label, its distance to the runner-up's, and the Shannon
         entropy in nats of all labels' probabilities. NaN where there is no label.
+    adapter
+        int32, shape ``(n_cells,)``; position in ``adapters`` of the one that the cell was encoded with, -1 for none.
+        None where no cell has one.
+    adapters
+        The adapters, as the store names them.
     """
 
     latent: FloatArray
@@ -235,6 +244,8 @@ class Mapping:
     probability: FloatArray
     margin: FloatArray
     entropy: FloatArray
+    adapter: IntArray | None = field(default=None, kw_only=True)
+    adapters: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +305,10 @@ class Plan:
         In the source's order.
     accepted
         Preflight findings that the user overrode by name.
+    adapters
+        Each query batch, as text, with the address of its adapter; empty for one that could not be fitted.
+    decoder
+        Whether those are among them that only decoding depends on.
     """
 
     run: str
@@ -304,6 +319,8 @@ class Plan:
     settings: Settings
     units: tuple[Unit, ...]
     accepted: tuple[str, ...] = ()
+    adapters: tuple[tuple[str, str], ...] = ()
+    decoder: bool = False
 
     @property
     def cells(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -42,6 +42,7 @@ class _Growing:
     stop: int = 0
     cells: int = 0
     rows: hashlib.blake2b = field(default_factory=rows_hasher)
+    groups: Counter[int] = field(default_factory=Counter)
 
 
 class Cutter:
@@ -63,18 +64,29 @@ class Cutter:
         self._template = template
         self._shard_cells = shard_cells
         self._open: dict[str, _Growing] = {}
-        self._done: list[Shard] = []
+        self._done: list[tuple[Shard, Counter[int]]] = []
 
-    def add(self, cells: Cells) -> None:
-        """Take the next batch; rows ascend within it and from batch to batch."""
+    def add(self, cells: Cells, groups: LongArray | None = None) -> None:
+        """Take the next batch; rows ascend within it and from batch to batch.
+
+        Parameters
+        ----------
+        cells
+            The batch.
+        groups
+            int64, one a cell: which group it is of, to be counted by shard.
+        """
         for dataset, positions in by_dataset(cells):
-            self._extend(dataset, cells.rows[positions])
+            self._extend(dataset, cells.rows[positions], None if groups is None else groups[positions])
 
-    def _extend(self, dataset: str, rows: LongArray) -> None:
+    def _extend(self, dataset: str, rows: LongArray, groups: LongArray | None) -> None:
         at = 0
         while at < len(rows):
             shard = self._open.setdefault(dataset, _Growing(int(rows[at])))
             taken = rows[at : at + self._shard_cells - shard.cells]
+            if groups is not None:
+                found, cells = np.unique(groups[at : at + len(taken)], return_counts=True)
+                shard.groups.update(dict(zip(found.tolist(), cells.tolist(), strict=True)))
             shard.rows.update(rows_bytes(taken))
             shard.cells += len(taken)
             shard.stop = int(taken[-1]) + 1
@@ -84,19 +96,18 @@ class Cutter:
 
     def _close(self, dataset: str) -> None:
         grown, known = self._open.pop(dataset), self._template
-        self._done.append(
-            Shard(
-                known.uri,
-                known.source,
-                known.version,
-                known.selection,
-                dataset,
-                grown.start,
-                grown.stop,
-                grown.cells,
-                grown.rows.hexdigest(),
-            )
+        shard = Shard(
+            known.uri,
+            known.source,
+            known.version,
+            known.selection,
+            dataset,
+            grown.start,
+            grown.stop,
+            grown.cells,
+            grown.rows.hexdigest(),
         )
+        self._done.append((shard, grown.groups))
 
     def finish(self) -> tuple[Shard, ...]:
         """Close what is open.
@@ -108,7 +119,13 @@ class Cutter:
         """
         for dataset in list(self._open):
             self._close(dataset)
-        return tuple(sorted(self._done, key=lambda shard: (shard.start, shard.dataset_id)))
+        self._done.sort(key=lambda item: (item[0].start, item[0].dataset_id))
+        return tuple(shard for shard, _ in self._done)
+
+    @property
+    def groups(self) -> tuple[Counter[int], ...]:
+        """Group to cells of each shard, in the order of :meth:`finish`."""
+        return tuple(groups for _, groups in self._done)
 
 
 def by_dataset(cells: Cells) -> Iterator[tuple[str, LongArray]]:

@@ -86,9 +86,9 @@ class FileSetSource(Source):
         """Names of the obs columns of the first file."""
         return self._file(next(iter(self._places))).obs_columns()
 
-    def scan(self, shard_cells: int, columns: Sequence[str] = ()) -> Scan:
+    def scan(self, shard_cells: int, columns: Sequence[str] = (), groups: Sequence[str] = ()) -> Scan:
         """See :meth:`~scviaduct.sources.source.Source.scan`; shards are in the order of the files."""
-        return merge_scans([self._file(url).scan(shard_cells, columns) for url in self._places])
+        return merge_scans([self._file(url).scan(shard_cells, columns, groups) for url in self._places])
 
     def genes(self, shard: Shard | None = None) -> GeneTable:
         """See :meth:`~scviaduct.sources.source.Source.genes`."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 from scviaduct.errors import SourceChangedError, SourceError
 from scviaduct.sources.counts import GeneTarget, assemble
 from scviaduct.sources.cutting import Cutter, KeyCheck, rows_bytes, rows_hasher
+from scviaduct.sources.grouping import Combinations
 from scviaduct.sources.summary import Summariser
 from scviaduct.sources.unreadable import quarantined, refused
 from scviaduct.values import CellBlock, Scan, Shard
@@ -57,11 +58,11 @@ class Source(AbstractContextManager["Source"], abc.ABC):
         """Names of the obs columns; of the first file, where there are several."""
 
     @abc.abstractmethod
-    def scan(self, shard_cells: int, columns: Sequence[str] = ()) -> Scan:
-        """Stream obs once: cut shards, refuse keys that repeat, summarise columns.
+    def scan(self, shard_cells: int, columns: Sequence[str] = (), groups: Sequence[str] = ()) -> Scan:
+        """Stream obs once: cut shards, refuse keys that repeat, summarise columns, count combinations of values.
 
-        Memory: one batch of the columns needed, plus 8 bytes a cell of the largest dataset. The key hashes (8 bytes a
-        cell) are spooled to a temporary file.
+        Memory: one batch of the columns needed, plus 8 bytes a cell of the largest dataset, plus the combinations. The
+        key hashes (8 bytes a cell) are spooled to a temporary file.
 
         Parameters
         ----------
@@ -69,11 +70,15 @@ class Source(AbstractContextManager["Source"], abc.ABC):
             Cells of a full shard.
         columns
             obs columns to summarise; those that are absent come back in ``Scan.missing``.
+        groups
+            obs columns whose combinations of values are counted by shard (``Scan.groups``); absent ones come back in
+            ``Scan.missing`` too.
 
         Raises
         ------
         SourceError
-            If a cell has no key or no dataset, a key occurs twice in a dataset, or a piece cannot be read.
+            If a cell has no key or no dataset, a key occurs twice in a dataset, a piece cannot be read, or the columns
+            of ``groups`` have more than ``grouping.MAX_COMBINATIONS`` combinations.
         FilterError
             If the filter compares unlike things.
         """
@@ -172,16 +177,17 @@ class TableSource(Source):
     def counts(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
         """Stream the counts of some rows, in order, in bounded slabs."""
 
-    def scan(self, shard_cells: int, columns: Sequence[str] = ()) -> Scan:
+    def scan(self, shard_cells: int, columns: Sequence[str] = (), groups: Sequence[str] = ()) -> Scan:
         """See :meth:`Source.scan`."""
         there = self.obs_columns()
-        present = tuple(dict.fromkeys(column for column in columns if column in there))
-        summaries = {column: Summariser() for column in present}
+        present = tuple(dict.fromkeys(column for column in (*columns, *groups) if column in there))
+        summaries = {column: Summariser() for column in present if column in columns}
+        combinations = Combinations(groups, self.source)
         cutter = Cutter(Shard(self.uri, self.source, self.version, self.selection, "", 0, 0, 0, ""), shard_cells)
         skipped, unselected = 0, dict[str, None]()
         with refused(), KeyCheck() as keys:
             for cells in self.cells(present):
-                cutter.add(cells)
+                cutter.add(cells, combinations.number(cells.obs, len(cells.rows)) if groups else None)
                 keys.add(cells)
                 for column, summary in summaries.items():
                     summary.add(cells.obs[column].combine_chunks())
@@ -197,7 +203,8 @@ class TableSource(Source):
             duplicates_skipped=skipped,
             empty=empty,
             columns={column: summary.summary() for column, summary in summaries.items()},
-            missing={column: self.source for column in columns if column not in there},
+            missing={column: self.source for column in (*columns, *groups) if column not in there},
+            groups=tuple(combinations.told(counts) for counts in cutter.groups) if groups else (),
         )
 
     def read(

@@ -79,4 +79,5 @@ def merge_scans(scans: Sequence[Scan]) -> Scan:
         empty=tuple(place for scan in scans for place in scan.empty),
         columns={name: merge_columns([scan.columns[name] for scan in scans if name in scan.columns]) for name in names},
         missing=missing,
+        groups=tuple(counts for scan in scans for counts in scan.groups),
     )
