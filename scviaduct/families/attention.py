@@ -6,13 +6,15 @@ sizes; epsilons and activations are those of ``scvi.external.mrvi``.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, override
+from typing import TYPE_CHECKING, Self, override
 
 import torch
 from torch import nn
 
 from scviaduct.families.network import Layer
+from scviaduct.families.rowwise import elementwise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,10 @@ NORM_EPS = 1e-6
 
 def gelu(values: torch.Tensor) -> torch.Tensor:
     """GELU in its approximation by tanh, as Flax has it."""
+    return elementwise(_gelu, values)
+
+
+def _gelu(values: torch.Tensor) -> torch.Tensor:
     return nn.functional.gelu(values, approximate="tanh")
 
 
@@ -157,10 +163,31 @@ class SampleAttention:
         self._channels = len(self._out.bias)
         self._before = (*residuals(block.under("mlp_eps"), gelu), block.under("mlp_eps").linear("fc"))
         self._behind = (*residuals(block.under("mlp_residual"), gelu), block.under("mlp_residual").linear("fc"))
-        embedded = weights.normalised("layer_norm_embed", weights["embedding.weight"])
+        self._keys, self._values = self._looked_up(weights["embedding.weight"])
+
+    def extended(self, weights: Weights, more: torch.Tensor) -> Self:
+        """Attention to further samples behind those that are known.
+
+        Parameters
+        ----------
+        weights
+            With the embedding of all samples.
+        more
+            float32, shape ``(n_further_samples, size)``: the embedding of the further ones.
+        """
+        keys, values = self._looked_up(more)
+        other = copy.copy(self)
+        vars(other).update(
+            _weights=weights, _keys=torch.cat([self._keys, keys]), _values=torch.cat([self._values, values])
+        )
+        return other
+
+    def _looked_up(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of samples."""
+        block = self._weights.under("attention_block")
+        embedded = self._weights.normalised("layer_norm_embed", embedding)
         samples = block.linear("kv_proj")(embedded).unsqueeze(-1)
-        self._keys = self._heads(block.linear("k_proj")(samples))
-        self._values = self._heads(block.linear("v_proj")(samples))
+        return self._heads(block.linear("k_proj")(samples)), self._heads(block.linear("v_proj")(samples))
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """From ``(n, outer, heads * channels)`` to ``(n, heads, outer, channels)``."""

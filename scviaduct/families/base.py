@@ -8,16 +8,19 @@ and read back, by the family alone: :meth:`Family.layout` and :meth:`Family.flat
 from __future__ import annotations
 
 import abc
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from anndata import AnnData
 
     from scviaduct.families.recipe import Recipe
+    from scviaduct.families.slots import Slot
     from scviaduct.references.saved.archive import SavedModel
     from scviaduct.values import FloatArray, GeneTable, IntArray, LongArray
 
@@ -199,6 +202,47 @@ class Encoder(Protocol):
     def save(self, path: Path) -> None:
         """Write what encoding needs, without anything that runs: :meth:`Family.open` reads it."""
 
+    def rows(self, covariate: str, code: int, columns: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """What the encoder looks up for a category.
+
+        Parameters
+        ----------
+        covariate
+            ``batch``, ``sample`` or ``covariate:COLUMN`` (:mod:`scviaduct.families.slots`).
+        code
+            Position of the category among those of the covariate.
+        columns
+            Names of the categorical covariates, in the order of :attr:`Facts.categorical_covariates`: an encoder knows
+            them by position alone.
+
+        Returns
+        -------
+        dict
+            Names, unique in the encoder, e.g. ``latent/layers.0.table.0``, to float32 of shape ``(size,)``. Empty if
+            it does not read the covariate, or reads no difference because there is one category.
+        """
+
+    def extended(self, more: Mapping[str, Sequence[Mapping[str, torch.Tensor]]], columns: Sequence[str] = ()) -> Self:
+        """The encoder with further categories, whose codes follow those that it has; this one stays as it is.
+
+        Every tensor is shared but the tables, which are small, and have the given rows behind their own. A covariate of
+        one category, which has no table, gets one: zeros for that category, then the given rows. Cells of categories
+        that were known are encoded as before, to the bit.
+
+        Parameters
+        ----------
+        more
+            Covariate to what :meth:`rows` gives for each further category. A covariate that the encoder does not read
+            is passed over.
+        columns
+            As for :meth:`rows`.
+
+        Raises
+        ------
+        InputError
+            If a row is missing or of another size.
+        """
+
 
 class Family(abc.ABC):
     """A model class of scvi-tools: one module each, which ends in ``FAMILY = …``."""
@@ -216,6 +260,9 @@ class Family(abc.ABC):
     """What early stopping watches."""
     starts_from: ClassVar[str] = ""
     """Family of the model that training starts from; empty for none."""
+
+    warmup: ClassVar[int] = 400
+    """Epochs over which scvi-tools, left to itself, raises the weight of the divergences to one."""
 
     parts: ClassVar[tuple[str, str]] = ("", "")
     """Parts of the module that the weights have, and those that they may have besides: the names before the first dot,
@@ -304,6 +351,28 @@ class Family(abc.ABC):
     def create(self, data: Any, arguments: Mapping[str, Any], recipe: Recipe, start: Any = None) -> Any:  # noqa: ARG002
         """An untrained model of the data that :meth:`setup` gave; ``start`` is a trained one of ``starts_from``."""
         return self.model_class()(data, **arguments)
+
+    def slots(self, model: Any, facts: Facts) -> tuple[Slot, ...]:
+        """Where the model keeps what it knows of each category: what scArches surgery adds to."""
+        from scviaduct.families.slots import slots_of
+
+        return slots_of(model.module, facts)
+
+    def trained(self, new: tuple[str, ...]) -> tuple[str, ...]:
+        """Which of a query batch's new covariates surgery trains; the means of the reference stand for the others.
+
+        The first alone, unless a family says otherwise: a layer adds the columns of all covariates up, and of cells
+        that share all new values only the sum can be known.
+        """
+        return new[:1]
+
+    def fitting(self, model: Any, data: Any) -> AbstractContextManager[None]:  # noqa: ARG002
+        """What has to be told of a query batch's cells while they are fitted; undone in the end."""
+        return nullcontext()
+
+    def loss(self, module: Any, tensors: Mapping[str, Any], kl_weight: float = 1.0) -> Any:
+        """What surgery minimises over a mini-batch of one query batch: the loss of scvi-tools, a scalar."""
+        return module(tensors, loss_kwargs={"kl_weight": kl_weight})[2].loss
 
     def training(self, data: Any, recipe: Recipe) -> dict[str, Any]:  # noqa: ARG002
         """What this family's ``train`` is told besides epochs, batch size and device."""

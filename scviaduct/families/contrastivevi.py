@@ -3,7 +3,8 @@
 Two encoders read the same counts. ``background`` is the variation that target cells share with background cells
 (controls); ``salient`` is what only target cells have. Cells are placed by ``background``: it is fitted to every cell,
 so that neighbours in it are cells of the same state whatever was done to them, and labels can be carried along it.
-``salient`` is held at zero for background cells in training, so that all controls lie in one heap there.
+In training the decoder is given zero for a background cell's ``salient``; the encoder is not told to give it, unless
+there is a ``wasserstein_penalty``, and controls lie in one heap, not at zero.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class ContrastiveViFamily(Family):
     about = "What target cells, e.g. perturbed ones, share with background cells, and what they alone have."
     needs = Needs(background=True, size_factor=False, covariates=False)
     parts = ("z_encoder s_encoder decoder", LIBRARY)
-    surgery = "scvi-tools has none for a ContrastiveVI"
+    surgery = "of scviaduct alone: scvi-tools has none for a ContrastiveVI"
 
     @override
     def facts(self, saved: SavedModel) -> Facts:
@@ -168,6 +169,27 @@ class ContrastiveViFamily(Family):
     @override
     def open(self, path: Path, device: str) -> Encoder:
         return VaeEncoder.open(path, device)
+
+    @override
+    def loss(self, module: Any, tensors: Mapping[str, Any], kl_weight: float = 1.0) -> Any:
+        """The loss of scvi-tools for cells of which each says whether it is one of the background.
+
+        scvi-tools takes the mean over background cells plus that over as many target cells. So it is here for any
+        numbers of both, and for none of one: a query may have no controls.
+        """
+        import torch
+
+        background, batch = tensors["background"], tensors["batch"]
+        inferred = module._generic_inference(x=tensors["X"], batch_index=batch)  # noqa: SLF001 - what its loss is made of
+        inferred["s"] = torch.where(background[:, None], torch.zeros_like(inferred["s"]), inferred["s"])
+        latents = {name: inferred[name] for name in ("z", "s", "library")}
+        decoded = module._generic_generative(**latents, batch_index=batch)  # noqa: SLF001
+        terms = module._generic_loss(tensors, inferred, decoded)  # noqa: SLF001
+        # A control's salient posterior is pulled to a point at zero: squared mean and variance are its distance.
+        pulled = torch.linalg.vector_norm(inferred["qs_m"], dim=-1) ** 2 + inferred["qs_v"].sum(dim=-1)
+        salient = torch.where(background, module.wasserstein_penalty * pulled, terms["kl_s"])
+        cells = terms["recon_loss"] + kl_weight * (terms["kl_z"] + salient) + terms["kl_library"]
+        return torch.stack([cells[kind].mean() for kind in (background, ~background) if bool(kind.any())]).sum()
 
     @override
     def arguments(self) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ that effect. Both encoders read the sample, so a cell of a sample that the model
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, override
 
@@ -17,15 +18,17 @@ from scviaduct.errors import InputError, UnsupportedModelError
 from scviaduct.families.attention import Conditional, SampleAttention, Weights, residuals
 from scviaduct.families.base import Covariates, Encoded, Facts, Family, Needs
 from scviaduct.families.columns import obs_column, require_read
-from scviaduct.families.network import Bundle, Network
+from scviaduct.families.network import Bundle, Network, behind
 from scviaduct.families.registered import common_facts, registry_of, state_of, texts
+from scviaduct.families.rowwise import padded, rows_of
 from scviaduct.families.scvi import model_arguments
 from scviaduct.families.shapes import require_shape
+from scviaduct.families.slots import BATCH, SAMPLE, Slot
 from scviaduct.families.sparse import CELLS, GPU_CELLS, SparseEncoder
 from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -43,6 +46,12 @@ _OLD_ATTENTION = "qz.attention_block.attention.in_proj_weight"
 """A weight of scvi-tools up to 1.4.2, whose attention differs from that of 1.5.1 in layers, norms and activation."""
 _AGAIN = "Train it again with a current scvi-tools: scviaduct train --family MRVI."
 _SCALE_EPS = 1e-5
+_NORMS = ("gamma_embedding", "beta_embedding")
+SAMPLE_ROWS = (
+    *(f"qu.conditional_norm{i}.{part}.weight" for i in (1, 2) for part in _NORMS),
+    *("qu.sample_embed.weight", "qz.embedding.weight"),
+)
+"""Tensors of the encoders that have a row a sample."""
 _UNTAKEN = (
     "n_sample",
     "n_obs_per_sample",
@@ -59,8 +68,9 @@ class MrviFamily(Family):
     module = "scvi.external"
     about = "A latent of cell states without the effect of samples (donors), and one with it, to compare samples by."
     needs = Needs(sample=True, size_factor=False, covariates=False)
+    warmup = 20
     parts = ("qu px", "qz u_prior_logits u_prior_means u_prior_scales pz_scale")
-    surgery = "scvi-tools' own leaves no parameter of an MRVI to train"
+    surgery = "of scviaduct alone: scvi-tools' own leaves no parameter of an MRVI to train"
 
     @override
     def facts(self, saved: SavedModel) -> Facts:
@@ -135,6 +145,34 @@ class MrviFamily(Family):
     @override
     def open(self, path: Path, device: str) -> Encoder:
         return MrviEncoder.open(path, device)
+
+    @override
+    def layout(self, saved: SavedModel, cells: AnnData) -> Any:
+        data = super().layout(saved, cells)
+        data.obs["_indices"] = np.arange(data.n_obs)  # scvi-tools numbers training cells, and asks others for it
+        return data
+
+    @override
+    def slots(self, model: Any, facts: Facts) -> tuple[Slot, ...]:
+        """Rows of embeddings: of the sample in both encoders, of the batch in the decoder."""
+        weights = model.module.state_dict()
+        told = [(SAMPLE, name) for name in SAMPLE_ROWS if facts.sample_key]
+        told += [(BATCH, "px.batch_embedding.weight")] if facts.batch_key else []
+        return tuple(Slot(name, 0, 0, len(weights[name]), of) for of, name in told)
+
+    @override
+    def trained(self, new: tuple[str, ...]) -> tuple[str, ...]:
+        """All: no layer adds what it knows of the sample to what it knows of the batch."""
+        return new
+
+    @override
+    def loss(self, module: Any, tensors: Mapping[str, Any], kl_weight: float = 1.0) -> Any:
+        """The loss of scvi-tools without labels: they would choose the component of the prior, and a query has none."""
+        labels, module.n_labels = module.n_labels, 1
+        try:
+            return super().loss(module, tensors, kl_weight)
+        finally:
+            module.n_labels = labels
 
     @override
     def arguments(self) -> Mapping[str, Any]:
@@ -245,6 +283,27 @@ class MrviEncoder:
         """Write what encoding needs, for a process without scvi-tools."""
         Bundle(tensors={name: tensor.to("cpu") for name, tensor in self._tensors.items()}).save(path)
 
+    def rows(self, covariate: str, code: int, columns: Sequence[str] = ()) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """What both encoders look up for a sample, by the names of scvi-tools: see :meth:`Encoder.rows`."""
+        return {name: self._tensors[name][code].clone() for name in SAMPLE_ROWS} if covariate == SAMPLE else {}
+
+    def extended(
+        self,
+        more: Mapping[str, Sequence[Mapping[str, torch.Tensor]]],
+        columns: Sequence[str] = (),  # noqa: ARG002 - what every encoder takes
+    ) -> Self:
+        """The encoder with further samples: see :meth:`Encoder.extended`."""
+        other, samples = copy.copy(self), more.get(SAMPLE, ())
+        if samples:
+            tensors = self._tensors | {name: behind(name, self._tensors[name], samples) for name in SAMPLE_ROWS}
+            weights = Weights(tensors)
+            network, embedding = _network(weights.under("qu")), weights["qz.embedding.weight"]
+            with torch.inference_mode():
+                to_z = self._to_z.extended(weights.under("qz"), embedding[self._n_samples :])
+            changed = {"_tensors": tensors, "_network": network, "_to_u": self._to_u.reading(network), "_to_z": to_z}
+            vars(other).update(changed, _n_samples=len(embedding))
+        return other
+
     @torch.inference_mode()
     def encode(self, indptr: LongArray, indices: IntArray, data: FloatArray, covariates: Covariates) -> Encoded:
         """Encode counts given as CSR in the reference's genes, some cells at a time.
@@ -268,10 +327,12 @@ class MrviEncoder:
             stop = min(start + self._step, n_cells)
             low, high = int(indptr[start]), int(indptr[stop])
             # Blocks come out of the object store read-only; torch warns of sharing such memory, so it is copied.
-            parts = (indptr[start : stop + 1] - low, indices[low:high], data[low:high], samples[start:stop])
+            rows = rows_of(stop - start, self._step, self._device)
+            pointers, sample = padded(indptr[start : stop + 1] - low, rows + 1), padded(samples[start:stop], rows)
+            parts = (pointers, indices[low:high], data[low:high], sample)
             pointers, genes, counts, sample = (torch.tensor(part, device=self._device) for part in parts)
             u, variance = self._to_u(pointers, genes, counts, [sample])
-            found.append((u, variance, self._to_z(u, sample)))
+            found.append(tuple(part[: stop - start] for part in (u, variance, self._to_z(u, sample))))
         u, variance, z = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
         return Encoded(u, u, variance, {"z": z})
 

@@ -22,6 +22,7 @@ from scviaduct.families.layouts import (
 )
 from scviaduct.families.network import Bundle
 from scviaduct.families.registered import OTHERS_WEIGHTS, common_facts, registry_of, require_weights, state_of, texts
+from scviaduct.families.rowwise import padded, rows_of
 from scviaduct.families.scvi import model_arguments
 from scviaduct.families.shapes import require_shape
 from scviaduct.families.vae import VaeEncoder, quiet
@@ -94,14 +95,14 @@ class MultiviEncoder(VaeEncoder):
         for start in range(0, n_cells, self._step):
             stop = min(start + self._step, n_cells)
             low, high = int(indptr[start]), int(indptr[stop])
-            rows = (indptr[start : stop + 1] - low, indices[low:high], data[low:high])
-            numbers = None if covariates.continuous is None else self._tensor(covariates.continuous[start:stop])
-            parts, measured = self._parts(rows, self._codes(covariates, start, stop), numbers)
-            mixed, spread = self._mixed(parts, measured)
+            n_rows = rows_of(stop - start, self._step, self._device)
+            rows = (padded(indptr[start : stop + 1] - low, n_rows + 1), indices[low:high], data[low:high])
+            parts, measured = self._parts(rows, *self._read(covariates, slice(start, stop), n_rows))
+            mixed, spread = (part[: stop - start] for part in self._mixed(parts, measured))
             location[start:stop], variance[start:stop] = mixed.cpu().numpy(), spread.cpu().numpy()
             mean[start:stop] = self._transformed(mixed).cpu().numpy()
             for name in others:
-                others[name][start:stop] = self._transformed(parts[name][0]).cpu().numpy()
+                others[name][start:stop] = self._transformed(parts[name][0][: stop - start]).cpu().numpy()
         return Encoded(mean, location, variance, others)
 
     def _parts(
@@ -153,6 +154,7 @@ class MultiviFamily(Family):
     about = "One latent of genes, peaks and proteins (multiome), of cells that have all of them or one."
     needs = Needs(("rna", "atac", "protein"), optional=("rna", "atac", "protein"), size_factor=False)
     monitor = "reconstruction_loss_validation"
+    warmup = 50
     parts = (
         "z_encoder_expression z_encoder_accessibility z_decoder_expression z_decoder_accessibility",
         f"px_r py_r region_factors mod_weights z_encoder_protein z_decoder_pro {BACKGROUND} {_SIZES}",
@@ -220,7 +222,9 @@ class MultiviFamily(Family):
         if missing:  # facts name no column of them, and no encoder reads them
             cells = cells.copy()
             cells.obs[missing] = 1.0
-        return lay_out(cells, places_of(saved, _FIELDS))
+        data = lay_out(cells, places_of(saved, _FIELDS))
+        data.obs["_indices"] = np.arange(data.n_obs)  # scvi-tools numbers training cells, and asks others for it
+        return data
 
     @override
     def flatten(self, saved: SavedModel, data: Any) -> AnnData | None:

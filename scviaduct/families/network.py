@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from scviaduct.errors import PackageError
+from scviaduct.errors import InputError, PackageError
+from scviaduct.families.rowwise import elementwise, linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,33 @@ VARIANCES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "exp": torch.exp,
     "softplus": nn.functional.softplus,
 }
+
+
+def behind(name: str, known: torch.Tensor, more: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """The rows of known categories, and those of further ones behind them.
+
+    Parameters
+    ----------
+    name
+        Of the rows.
+    known
+        float32, shape ``(n_categories, size)``.
+    more
+        For each further category, rows by name: float32 of shape ``(size,)``, on any device.
+
+    Raises
+    ------
+    InputError
+        If a category has no row of that name, or one of another size.
+    """
+    for rows in more:
+        if name not in rows or tuple(rows[name].shape) != tuple(known.shape[1:]):
+            told = f"has the shape {tuple(rows[name].shape)}" if name in rows else "is missing"
+            raise InputError(
+                f"A category's row '{name}' {told}, and the encoder has rows of the shape {tuple(known.shape[1:])}.",
+                "It was fitted on another reference: fit it on this one.",
+            )
+    return torch.cat([known, *(rows[name].to(known)[None] for rows in more)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +97,32 @@ class Layer:
                 out += table[code]
         if self.norm is not None:
             out = nn.functional.layer_norm(out, self.bias.shape, *self.norm, self.norm_eps)
-        return ACTIVATIONS[self.activation](out) if self.activation else out
+        return elementwise(ACTIVATIONS[self.activation], out) if self.activation else out
 
     def __call__(self, values: torch.Tensor, codes: Sequence[torch.Tensor] = ()) -> torch.Tensor:
         """Apply to dense values of shape ``(n_cells, n_in)``."""
-        return self.finish(nn.functional.linear(values, self.weight, self.bias), codes)
+        return self.finish(linear(values, self.weight, self.bias), codes)
+
+    def extended(self, prefix: str, table: int, more: Sequence[Mapping[str, torch.Tensor]]) -> Self:
+        """The layer with further categories of a covariate behind its own; all other tensors are shared.
+
+        Parameters
+        ----------
+        prefix
+            What the names of the layer's rows begin with.
+        table
+            Position of the covariate among the tables.
+        more
+            Rows of each category by name, as :meth:`rows` gives them.
+        """
+        name = f"{prefix}.table.{table}"
+        known = self.tables[table] if table < len(self.tables) else None
+        if table >= len(self.tables) or (known is None and not any(name in rows for rows in more)):
+            return self
+        if known is None:  # a covariate of one category adds nothing until there is another
+            known = self.bias.new_zeros(1, len(self.bias))
+        tables = (*self.tables[:table], behind(name, known, more), *self.tables[table + 1 :])
+        return replace(self, tables=tables)
 
     def to(self, device: str) -> Self:
         """The layer on a device."""
@@ -122,7 +171,35 @@ class Network:
 
     def positive(self, values: torch.Tensor) -> torch.Tensor:
         """Variance from what its layer gives."""
-        return VARIANCES[self.variance_activation](values) + self.variance_eps
+        return elementwise(VARIANCES[self.variance_activation], values) + self.variance_eps
+
+    def rows(self, table: int, code: int, prefix: str = "") -> dict[str, torch.Tensor]:
+        """What the layers look up for a category.
+
+        Parameters
+        ----------
+        table
+            Position of the covariate: the batch is 0, categorical covariates follow.
+        code
+            Position of the category.
+        prefix
+            What the names begin with.
+
+        Returns
+        -------
+        dict
+            ``{prefix}layers.{i}.table.{table}`` to float32 of shape ``(n_out,)``, for the layers that read it.
+        """
+        return {
+            f"{prefix}layers.{i}.table.{table}": known[code].clone()
+            for i, layer in enumerate(self.layers)
+            if table < len(layer.tables) and (known := layer.tables[table]) is not None
+        }
+
+    def extended(self, table: int, more: Sequence[Mapping[str, torch.Tensor]], prefix: str = "") -> Self:
+        """The network with further categories of a covariate behind its own; all but its tables are shared."""
+        layers = tuple(layer.extended(f"{prefix}layers.{i}", table, more) for i, layer in enumerate(self.layers))
+        return replace(self, layers=layers)
 
     def to(self, device: str) -> Self:
         """The network on a device."""

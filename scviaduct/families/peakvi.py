@@ -30,6 +30,7 @@ class PeakviFamily(Family):
     about = "A latent of chromatin accessibility, depth and batch effects removed."
     needs = Needs(modalities=("atac",), size_factor=False)
     monitor = "reconstruction_loss_validation"
+    warmup = 50
     parts = ("z_encoder z_decoder", "d_encoder region_factors")
 
     @override

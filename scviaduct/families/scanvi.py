@@ -9,6 +9,7 @@ from scviaduct.errors import UnsupportedModelError
 from scviaduct.families import scvi as base
 from scviaduct.families.base import Needs
 from scviaduct.families.registered import state_of, texts
+from scviaduct.families.slots import slots_of
 from scviaduct.families.vae import read_facts
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from scviaduct.families.base import Facts
     from scviaduct.families.recipe import Recipe
+    from scviaduct.families.slots import Slot
     from scviaduct.references.saved.archive import SavedModel
 
 
@@ -58,6 +60,11 @@ class ScanviFamily(base.ScviFamily):
         import scvi
 
         return scvi.model.SCANVI
+
+    @override
+    def slots(self, model: Any, facts: Facts) -> tuple[Slot, ...]:
+        # What these read is the label.
+        return slots_of(model.module, facts, skip=("encoder_z2_z1", "decoder_z1_z2", "classifier"))
 
     @override
     def arguments(self) -> Mapping[str, Any]:

@@ -6,15 +6,18 @@ weights; of the 2,000 genes of a typical model, 92 % of what it multiplies is ze
 scaled by ``log1p`` of their counts, and adding the looked-up columns of its categories.
 
 Each cell's first layer is summed on its own, in the order of its genes, so a latent does not depend on which cells
-share its mini-batch there.
+share its mini-batch there; nor do the layers behind it (:mod:`scviaduct.families.rowwise`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
+
+from scviaduct.families.rowwise import linear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +49,12 @@ class SparseEncoder:
         wide = genes.numel() * genes.element_size() > _CACHE_BYTES
         self._genes = [part.contiguous() for part in genes.split(_BLOCK_COLUMNS, dim=1)] if wide else [genes]
         self._dense = first[:, network.n_genes :]
+
+    def reading(self, network: Network) -> Self:
+        """An encoder of a network with further categories; the genes' weights are shared."""
+        other = copy.copy(self)
+        vars(other).update(_network=network)
+        return other
 
     def __call__(
         self,
@@ -85,7 +94,7 @@ class SparseEncoder:
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         hidden = hidden + first.bias
         if continuous is not None and self._dense.shape[1]:
-            hidden += continuous @ self._dense.T
+            hidden += linear(continuous, self._dense)
         hidden = first.finish(hidden, codes)
         for layer in rest:
             hidden = layer(hidden, codes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, override
 
@@ -34,7 +35,7 @@ from scviaduct.families.vae import VaeEncoder, quiet
 from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from anndata import AnnData
@@ -107,6 +108,7 @@ class TotalviFamily(Family):
     name = "TOTALVI"
     about = "A latent of genes and surface proteins measured together (CITE-seq), with denoised proteins."
     needs = Needs(modalities=("rna", "protein"), optional=("protein",), panel=True)
+    warmup = 192  # scvi-tools counts steps: three quarters of the cells, in mini-batches of 256
     parts = (
         f"encoder decoder {BACKGROUND}",
         "px_r py_r library_log_means library_log_vars log_per_batch_efficiency",
@@ -147,7 +149,13 @@ class TotalviFamily(Family):
         told = {**init["non_kwargs"], "empirical_protein_background_prior": False}
         attributes = {**saved.attr_dict, "init_params_": {**init, "non_kwargs": told}}
         with quiet():  # a protein may be called like its gene
-            return super().instantiate(replace(saved, attr_dict=attributes), template)
+            model = super().instantiate(replace(saved, attr_dict=attributes), template)
+        if not told.get("override_missing_proteins"):
+            # scvi-tools finds which batch measured which protein in the template's counts, which are made up.
+            model.module.protein_batch_mask = state_of(saved.attr_dict["registry_"], "proteins").get(
+                "protein_batch_mask"
+            )
+        return model
 
     @override
     def layout(self, saved: SavedModel, cells: AnnData) -> Any:
@@ -179,6 +187,19 @@ class TotalviFamily(Family):
     @override
     def open(self, path: Path, device: str) -> Encoder:
         return TotalviEncoder.open(path, device)
+
+    @override
+    @contextmanager
+    def fitting(self, model: Any, data: Any) -> Iterator[None]:
+        """Count the proteins alone that the query batch has a count of: scvi-tools goes by the reference's batches."""
+        module = model.module
+        counts = np.asarray(model.get_anndata_manager(data, required=True).get_from_registry("proteins"))
+        measured, held = (counts > 0).any(axis=0), module.protein_batch_mask
+        module.protein_batch_mask = {str(i): measured for i in range(max(module.n_panel, 1))}
+        try:
+            yield
+        finally:
+            module.protein_batch_mask = held
 
     @override
     def arguments(self) -> Mapping[str, Any]:

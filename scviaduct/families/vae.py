@@ -17,11 +17,14 @@ from scviaduct.families.base import Covariates, Encoded, Facts
 from scviaduct.families.folding import fold_encoder, fold_layers, fold_linear
 from scviaduct.families.network import Bundle
 from scviaduct.families.registered import OTHERS_WEIGHTS, common_facts, registry_of, require_weights, texts
+from scviaduct.families.rowwise import padded, rows_of
+from scviaduct.families.slots import BATCH
+from scviaduct.families.slots import covariate as covariate_of
 from scviaduct.families.sparse import CELLS, GPU_CELLS, SparseEncoder
 from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from scviaduct.families.network import Network
@@ -161,6 +164,11 @@ def fold(module: Any, n_genes: int, labels: tuple[str, ...]) -> Network:
     return replace(network, classifier=(*classifier, fold_linear(last)), labels=labels)
 
 
+def _tables(columns: Sequence[str]) -> dict[str, int]:
+    """Position of each covariate among the tables of a layer."""
+    return {name: i for i, name in enumerate((BATCH, *map(covariate_of, columns)))}
+
+
 class VaeEncoder:
     """Encodes sparse counts with networks, and classifies if the first has a classifier.
 
@@ -191,6 +199,27 @@ class VaeEncoder:
         """Write what encoding needs, for a process without scvi-tools."""
         Bundle({name: network.to("cpu") for name, network in self._networks.items()}).save(path)
 
+    def rows(self, covariate: str, code: int, columns: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """What the layers look up for a category: see :meth:`Encoder.rows`."""
+        tables = _tables(columns)
+        if covariate not in tables:
+            return {}
+        found: dict[str, torch.Tensor] = {}
+        for name, network in self._networks.items():
+            found |= network.rows(tables[covariate], code, f"{name}/")
+        return found
+
+    def extended(self, more: Mapping[str, Sequence[Mapping[str, torch.Tensor]]], columns: Sequence[str] = ()) -> Self:
+        """The encoder with further categories: see :meth:`Encoder.extended`."""
+        tables, networks, other = _tables(columns), dict(self._networks), copy.copy(self)
+        for read, rows in more.items():
+            if read in tables:
+                for name, network in networks.items():
+                    networks[name] = network.extended(tables[read], rows, f"{name}/")
+        encoders = {name: self._encoders[name].reading(network) for name, network in networks.items()}
+        vars(other).update(_networks=networks, _encoders=encoders, _network=next(iter(networks.values())))
+        return other
+
     @torch.inference_mode()
     def encode(self, indptr: LongArray, indices: IntArray, data: FloatArray, covariates: Covariates) -> Encoded:
         """Encode counts given as CSR in the reference's features, some cells at a time.
@@ -211,13 +240,12 @@ class VaeEncoder:
         for start in range(0, n_cells, self._step):
             stop = min(start + self._step, n_cells)
             low, high = int(indptr[start]), int(indptr[stop])
-            parts = (indptr[start : stop + 1] - low, indices[low:high], data[low:high])
+            rows = rows_of(stop - start, self._step, self._device)
+            parts = (padded(indptr[start : stop + 1] - low, rows + 1), indices[low:high], data[low:high])
             pointers, genes, counts = (self._tensor(part) for part in parts)
-            codes = self._codes(covariates, start, stop)
-            numbers = covariates.continuous
-            continuous = None if numbers is None else self._tensor(numbers[start:stop])
+            codes, continuous = self._read(covariates, slice(start, stop), rows)
             for name, encoder in self._encoders.items():
-                loc, var = encoder(pointers, genes, counts, codes, continuous)
+                loc, var = (part[: stop - start] for part in encoder(pointers, genes, counts, codes, continuous))
                 out = torch.softmax(loc, dim=-1) if self._networks[name].logistic_normal else loc
                 if name in others:
                     others[name][start:stop] = out.cpu().numpy()
@@ -230,16 +258,17 @@ class VaeEncoder:
         # Blocks come out of the object store read-only; torch warns of sharing such memory, so it is copied: 2 MB.
         return torch.tensor(values, device=self._device)
 
-    def _codes(self, covariates: Covariates, start: int, stop: int) -> list[torch.Tensor]:
-        """Codes of every categorical covariate; the batch is the first."""
+    def _read(self, covariates: Covariates, cells: slice, rows: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Codes of every categorical covariate, the batch first, and continuous covariates, for so many rows."""
         if covariates.batch is not None:
-            codes = [self._tensor(covariates.batch[start:stop])]
+            codes = [self._tensor(padded(covariates.batch[cells], rows))]
         else:
             # A model without batches has one, which the encoder does not read, in the place of the first covariate.
-            codes = [torch.zeros(stop - start, dtype=torch.int64, device=self._device)]
+            codes = [torch.zeros(rows, dtype=torch.int64, device=self._device)]
         if covariates.categorical is not None:
-            codes += [self._tensor(column[start:stop]) for column in covariates.categorical.T]
-        return codes
+            codes += [self._tensor(padded(column[cells], rows)) for column in covariates.categorical.T]
+        numbers = covariates.continuous
+        return codes, None if numbers is None else self._tensor(padded(numbers[cells], rows))
 
     def transformed(self, location: FloatArray) -> FloatArray:
         """The latent of a posterior's mean: its softmax where the latent is logistic-normal."""
@@ -253,10 +282,13 @@ class VaeEncoder:
         """Probabilities of the labels, shape ``(n_cells, n_labels)``; None without a classifier."""
         if not self.labels:
             return None
-        out = self._tensor(location)
-        for layer in self._network.classifier:
-            out = layer(out)
-        found: FloatArray = torch.softmax(out, dim=-1).cpu().numpy()
+        found = np.empty((len(location), len(self.labels)), np.float32)
+        for start in range(0, len(location), self._step):
+            part = location[start : start + self._step]
+            out = self._tensor(padded(part, rows_of(len(part), self._step, self._device)))
+            for layer in self._network.classifier:
+                out = layer(out)
+            found[start : start + len(part)] = torch.softmax(out, dim=-1)[: len(part)].cpu().numpy()
         return found
 
     def gene_influence(self) -> FloatArray:
