@@ -2,5 +2,6 @@
 
 from scviaduct.simulation.cells import DATASETS, Dataset, Simulation
 from scviaduct.simulation.census import write_census
+from scviaduct.simulation.cohort import Cohort
 
-__all__ = ["DATASETS", "Dataset", "Simulation", "write_census"]
+__all__ = ["DATASETS", "Cohort", "Dataset", "Simulation", "write_census"]
