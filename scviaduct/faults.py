@@ -6,7 +6,9 @@ Without the variable a point costs one dictionary look-up.
 
 Points, in the order that a unit meets them: ``read`` (a reader holds the shard), ``encode`` (an actor holds the block),
 ``staged`` (the unit's files are written), ``recorded`` (its completion record is), ``latents-committed`` (inside the
-commit, between the two tables), ``committed`` (after the commit point).
+commit, between the two tables), ``committed`` (after the commit point). A batch that is fitted meets ``fitted`` (its
+adapter is on the shelf); a unit that is derived meets ``decode`` (an actor holds the block), ``staged``, ``recorded``,
+``placed`` (one of its files is in its place) and, in the commit of its set, ``derived-written``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ import os
 import signal
 from pathlib import Path
 
-POINTS = ("read", "encode", "staged", "recorded", "latents-committed", "committed")
+POINTS = (
+    *("read", "encode", "staged", "recorded", "latents-committed", "committed"),
+    *("fitted", "decode", "placed", "derived-written"),
+)
 
 
 def point(name: str) -> None:

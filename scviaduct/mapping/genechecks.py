@@ -1,4 +1,4 @@
-"""The check of preflight that looks at genes: are the reference's there, and how were they found?"""
+"""The checks of preflight that look at genes: are the reference's there, and how were they found?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from scviaduct.mapping.finding import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from scviaduct.mapping.genes import GeneMatch
     from scviaduct.values import FloatArray
@@ -17,13 +17,20 @@ if TYPE_CHECKING:
 STOP_BELOW = 0.5
 """A reference whose measured genes carry less than this share of the encoder's influence does not fit."""
 WARN_BELOW = 0.8
+_CHECK = {"protein": "proteins", "atac": "peaks"}
+"""Modality to the check of :mod:`scviaduct.mapping.panelchecks` that says why nothing of it is found."""
 
 
-def genes(matches: Mapping[str, GeneMatch], influence: FloatArray, optional: Sequence[str] = ()) -> Iterator[Finding]:
+def genes(
+    matches: Mapping[str, GeneMatch],
+    influence: FloatArray,
+    optional: Sequence[str] = (),
+    told: Collection[str] = (),
+) -> Iterator[Finding]:
     """Are the reference's genes there, and how were they found? Judged by the file that has fewest.
 
     A modality that the family can do without, and of which nothing is there, is left out of the share: it was not
-    measured.
+    measured. ``told`` names findings that already say why a modality is not found.
     """
     if not matches:
         return
@@ -41,7 +48,7 @@ def genes(matches: Mapping[str, GeneMatch], influence: FloatArray, optional: Seq
         yield Finding("genes", "stop", message, remedy, overridable=found > 0, figures=figures)
     elif weighted < WARN_BELOW:
         yield Finding("genes", "warn", message, "Missing genes read as zero.", figures=figures)
-    elif absent := [name for name, (have, _) in kinds.items() if not have]:
+    elif absent := [name for name, (have, _) in kinds.items() if not have and _CHECK.get(name) not in told]:
         remedy = f"Encoded without {' and '.join(absent)}. If the source has it, name it: proteins=KEY or modality=..."
         yield Finding("genes", "warn", message, remedy, figures=figures)
     else:

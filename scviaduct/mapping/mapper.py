@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 
 from scviaduct.errors import DataError
 from scviaduct.families.base import Covariates
+from scviaduct.families.slots import BATCH, SAMPLE, covariate
 from scviaduct.mapping.labels import Certainty, NeighborVote
 from scviaduct.sources.obs import as_text
 from scviaduct.values import Mapping
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping as MappingType
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
+    from scviaduct.families.base import Encoded, Facts
+    from scviaduct.mapping.fleet import Fleet
     from scviaduct.references.package import Reference
     from scviaduct.values import CellBlock, FloatArray, IntArray, LongArray, Settings
 
@@ -35,12 +41,12 @@ def model_columns(reference: Reference, settings: Settings) -> tuple[str, ...]:
     return (*batch, *sample, *reference.categorical_covariates, *reference.continuous_covariates)
 
 
-def query_batch_key(reference: Reference, settings: Settings) -> str:
+def query_batch_key(reference: Facts, settings: Settings) -> str:
     """obs column of the query that plays the reference's batch."""
     return settings.batch_key or reference.batch_key or ""
 
 
-def query_sample_key(reference: Reference, settings: Settings) -> str:
+def query_sample_key(reference: Facts, settings: Settings) -> str:
     """obs column of the query that plays the reference's sample."""
     return settings.sample_key or reference.sample_key or ""
 
@@ -56,12 +62,19 @@ class Mapper:
         What decides the rows.
     device
         ``"cpu"`` or a CUDA device.
+    fleet
+        Adapters of the query's new batches; None for a query that has none.
     """
 
-    def __init__(self, reference: Reference, settings: Settings, device: str = "cpu") -> None:
+    def __init__(
+        self, reference: Reference, settings: Settings, device: str = "cpu", fleet: Fleet | None = None
+    ) -> None:
+        from scviaduct.mapping.adapted import Adapted
+
         self.reference = reference
         self.settings = settings
         self._encoder = reference.encoder(device)
+        self._adapted = Adapted(reference, settings, self._encoder, fleet) if fleet else None
         self._vote: NeighborVote | None = None
         if not self._encoder.labels and reference.has_latents:
             latents = reference.latents()
@@ -79,7 +92,8 @@ class Mapper:
         Parameters
         ----------
         block
-            Counts in the reference's gene order, with the obs columns of :func:`model_columns`.
+            Counts in the reference's gene order, with the obs columns of :func:`model_columns`, and with adapters those
+            of :func:`~scviaduct.mapping.batches.group_columns`.
 
         Returns
         -------
@@ -92,14 +106,9 @@ class Mapper:
             If a count is NaN, infinite or negative, a batch or covariate value is one that the reference does not know,
             or a latent is not finite.
         """
-        self._require_counts(block)
-        covariates = self._covariates(block)
-        encoded = self._encoder.encode(block.indptr, block.indices, block.data, covariates)
+        encoded, adapters, of = self.encode(block)
         mean, location = encoded.mean, encoded.location
-        totals = (
-            np.add.reduceat(np.append(block.data, np.float32(0)), block.indptr[:-1]) if block.n_cells else np.zeros(0)
-        )
-        mapped = (np.diff(block.indptr) > 0) & (totals > 0)
+        mapped = self.counted(block)
         if not np.isfinite(mean[mapped]).all():
             bad = int(np.flatnonzero(mapped & ~np.isfinite(mean).all(axis=1))[0])
             raise DataError(
@@ -108,7 +117,40 @@ class Mapper:
                 "Look for extremely large counts or covariates in it, and run scviaduct reference verify.",
             )
         mean[~mapped] = np.nan
-        return self._label(mean, location, mapped)
+        found = self._label(mean, location, mapped)
+        return replace(found, adapter=of, adapters=adapters) if adapters else found
+
+    def encode(self, block: CellBlock) -> tuple[Encoded, tuple[str, ...], IntArray | None]:
+        """Encode a block's cells.
+
+        Returns
+        -------
+        tuple
+            The latents; the addresses of the adapters that cells were encoded with; and int32 of shape ``(n_cells,)``,
+            each cell's position in them and -1 for none, or None where no cell has one.
+
+        Raises
+        ------
+        DataError
+            As :meth:`map` does.
+        """
+        self._require_counts(block)
+        if self._adapted is None:
+            covariates = self._covariates(block, {})
+            return self._encoder.encode(block.indptr, block.indices, block.data, covariates), (), None
+        adapters, of, codes = self._adapted.assign(block)
+        covariates = self._covariates(block, codes)
+        encoder = self._adapted.encoder
+        return encoder.encode(block.indptr, block.indices, block.data, covariates), adapters, of
+
+    @staticmethod
+    def counted(block: CellBlock) -> npt.NDArray[np.bool_]:
+        """Which cells have a count in the reference's genes; bool, shape ``(n_cells,)``."""
+        totals = (
+            np.add.reduceat(np.append(block.data, np.float32(0)), block.indptr[:-1]) if block.n_cells else np.zeros(0)
+        )
+        found: npt.NDArray[np.bool_] = (np.diff(block.indptr) > 0) & (totals > 0)
+        return found
 
     def gene_influence(self) -> FloatArray:
         """How much each gene moves the encoder; float32, shape ``(n_genes,)``."""
@@ -146,42 +188,48 @@ class Mapper:
                     figure[mapped] = value
         return Mapping(latent, mapped, label, self.labels, *figures)
 
-    def _covariates(self, block: CellBlock) -> Covariates:
+    def _covariates(self, block: CellBlock, codes: MappingType[str, LongArray]) -> Covariates:
+        """Codes of the block's categories: those of new ones as told, the others as the reference has them."""
         reference = self.reference
         if not reference.encode_covariates:
             return Covariates()
         batch = sample = None
         if reference.encoded_batch:
             column = query_batch_key(reference, self.settings)
-            batch = self._codes(block, column, reference.batch_categories, "batch")
+            batch = self._codes(block, column, reference.batch_categories, "Batch", codes.get(BATCH))
         if reference.encoded_sample:
             column = query_sample_key(reference, self.settings)
-            sample = self._codes(block, column, reference.sample_categories, "sample")
+            sample = self._codes(block, column, reference.sample_categories, "Sample", codes.get(SAMPLE))
         categorical = None
         if reference.categorical_covariates:
             items = reference.categorical_covariates.items()
-            categorical = np.stack([self._codes(block, key, known, "covariate") for key, known in items], axis=1)
+            columns = [self._codes(block, key, known, "Covariate", codes.get(covariate(key))) for key, known in items]
+            categorical = np.stack(columns, axis=1)
         continuous = None
         if reference.continuous_covariates:
-            columns = [self._numbers(block, key) for key in reference.continuous_covariates]
-            continuous = np.stack(columns, axis=1)
+            continuous = np.stack([self._numbers(block, key) for key in reference.continuous_covariates], axis=1)
         return Covariates(batch, categorical, continuous, sample)
 
     @staticmethod
-    def _codes(block: CellBlock, column: str, categories: Sequence[str], what: str) -> LongArray:
+    def _codes(
+        block: CellBlock, column: str, categories: Sequence[str], what: str, adapted: LongArray | None
+    ) -> LongArray:
+        """Positions in the categories, or in what adapters add behind them."""
         values = as_text(block.obs[column].combine_chunks())
-        codes = pc.index_in(values, value_set=pa.array(categories, pa.string()))
-        if codes.null_count:
-            row = pc.is_null(codes).index(True).as_py()
+        found = pc.index_in(values, value_set=pa.array(categories, pa.string()))
+        codes: LongArray = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        if adapted is not None:
+            codes = np.where(adapted >= 0, adapted, codes)
+        if (codes < 0).any():
+            row = int(np.flatnonzero(codes < 0)[0])
             cell, bad = block.obs["observation_id"][row].as_py(), values[row].as_py()
             told = "has no value" if bad is None else f"is '{bad}'"
             raise DataError(
-                f"{what.capitalize()} '{column}' of cell '{cell}' in dataset '{block.shard.dataset_id}' {told}, not one"
-                f" that the reference was trained on ({some(categories)}).",
-                "A reference with encode_covariates=True maps known values only, until scArches surgery is built.",
+                f"{what} '{column}' of cell '{cell}' in dataset '{block.shard.dataset_id}' {told}, not one that the"
+                f" reference was trained on ({some(categories)}).",
+                "A new value needs an adapter, which surgery fits: --surgery auto. A missing one must be filled.",
             )
-        found: LongArray = codes.to_numpy(zero_copy_only=False).astype(np.int64)
-        return found
+        return codes
 
     @staticmethod
     def _numbers(block: CellBlock, column: str) -> FloatArray:

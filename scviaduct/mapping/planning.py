@@ -13,6 +13,8 @@ from scviaduct.values import Plan, Unit, digest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from scviaduct.mapping.batches import QueryBatches
+    from scviaduct.mapping.fleet import Fleet
     from scviaduct.references.package import Reference
     from scviaduct.sources import Source
     from scviaduct.values import Scan, Settings
@@ -37,7 +39,12 @@ def kept_types(scan: Scan, keep_obs: Sequence[str], available: Sequence[str]) ->
 
 
 def make_plan(
-    source: Source, scan: Scan, reference: Reference, settings: Settings, accepted: Sequence[str] = ()
+    source: Source,
+    scan: Scan,
+    reference: Reference,
+    settings: Settings,
+    accepted: Sequence[str] = (),
+    adapted: tuple[QueryBatches, Fleet] | None = None,
 ) -> Plan:
     """Address every unit of a run and the run itself.
 
@@ -51,6 +58,8 @@ def make_plan(
         What maps them, and how.
     accepted
         Preflight findings that were overridden.
+    adapted
+        The query batches of the scan and their adapters; None for a query that needs none.
 
     Returns
     -------
@@ -62,7 +71,11 @@ def make_plan(
     SourceError
         If two files of the source hold the very same cells of the same dataset.
     """
-    units = tuple(Unit.of(shard, reference.digest, settings) for shard in scan.shards)
+    addresses = adapter_digests(scan, adapted)
+    units = tuple(
+        Unit.of(shard, reference.digest, settings, address)
+        for shard, address in zip(scan.shards, addresses, strict=True)
+    )
     repeated = [unit for unit, times in Counter(unit.id for unit in units).items() if times > 1]
     if repeated:
         shards = [unit.shard for unit in units if unit.id == repeated[0]]
@@ -74,4 +87,15 @@ def make_plan(
     # The run names the data as the user sees it (uri) as well as by content (units): two mirrors of a release are two
     # runs over the same units, and the second finds nothing to do.
     run = digest(reference.digest, source.uri, asdict(settings), [unit.id for unit in units], accepted)[:16]
-    return Plan(run, reference.name, reference.digest, source.uri, source.version, settings, units, accepted)
+    named = reference.name, reference.digest, source.uri, source.version
+    fleet = adapted[1] if adapted else None
+    told = tuple((batch.key, fleet.addresses.get(batch, "")) for batch in adapted[0].cells) if adapted and fleet else ()
+    return Plan(run, *named, settings, units, accepted, told, decoder=bool(fleet and fleet.decoder))
+
+
+def adapter_digests(scan: Scan, adapted: tuple[QueryBatches, Fleet] | None) -> list[str]:
+    """What each shard's unit id says of the adapters of its cells."""
+    if adapted is None:
+        return [""] * len(scan.shards)
+    found, fleet = adapted
+    return [fleet.digest(held.cells) for held in found.shards]

@@ -15,6 +15,7 @@ from scviaduct.families import family
 from scviaduct.mapping import checks
 from scviaduct.mapping.mapper import query_batch_key, query_sample_key
 from scviaduct.mapping.reading import read_block
+from scviaduct.sources import open_shard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,6 +127,7 @@ def check(
     influence: FloatArray,
     *,
     sample: int = SAMPLE_CELLS,
+    surgery: checks.Surgery = "auto",
 ) -> Report:
     """Check a query against a reference.
 
@@ -134,15 +136,24 @@ def check(
     source
         Open source.
     scan
-        Its scan, with the columns of :func:`scan_columns`.
+        Its scan, with the columns of :func:`scan_columns`; grouped by
+        :func:`~scviaduct.mapping.batches.group_columns` to have query batches counted.
     reference, settings
         What would map it, and how.
     influence
         float32, shape ``(n_genes,)``; how much each reference gene moves the encoder.
     sample
         Cells whose counts are looked at, at most.
+    surgery
+        What is done about categories that the reference does not know: ``auto`` fits adapters for those that its
+        encoder reads, ``decoder`` also for batches that its decoder alone reads, ``off`` fits none.
     """
-    matches = {shard.uri: checks.match_of(shard, reference) for shard in _one_per_file(scan.shards)}
+    files = {shard.uri: shard for shard in _one_per_file(scan.shards)}
+    matches = {uri: checks.match_of(shard, reference) for uri, shard in files.items()}
+    optional = family(reference.family).needs.optional
+    foreign = tuple(
+        checks.features(matches, lambda uri: open_shard(files[uri]).genes(files[uri]), reference.genes, optional)
+    )
     blocks: list[CellBlock] = []
     errors: list[DataError] = []
     for shard, limit in _sample(scan.shards, sample):
@@ -153,11 +164,13 @@ def check(
     findings: list[Finding] = [
         checks.cells(scan),
         *checks.reading(errors, len(blocks) + len(errors)),
-        *checks.genes(matches, influence, family(reference.family).needs.optional),
+        *checks.genes(matches, influence, optional, told={finding.name for finding in foreign}),
+        *foreign,
         *checks.counts(blocks, reference),
-        *checks.batch(scan, reference, settings),
-        *checks.sample(scan, reference, settings),
-        *checks.covariates(scan, reference),
+        *checks.batch(scan, reference, settings, surgery),
+        *checks.sample(scan, reference, settings, surgery),
+        *checks.covariates(scan, reference, surgery),
+        *checks.query_adapters(scan, reference, settings, surgery),
         checks.labels(scan, reference),
     ]
     sampled = sum(block.n_cells for block in blocks)
@@ -173,6 +186,7 @@ def scan_columns(reference: Reference, settings: Settings) -> tuple[str, ...]:
         reference.labels_key or "",
         *reference.categorical_covariates,
         *reference.continuous_covariates,
+        reference.size_factor_key,
     )
     return tuple(dict.fromkeys(column for column in wanted if column))
 

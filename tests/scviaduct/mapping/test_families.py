@@ -9,6 +9,7 @@ import pytest
 from scviaduct.errors import DataError
 from scviaduct.families import Recipe
 from scviaduct.mapping import preflight
+from scviaduct.mapping.batches import group_columns
 from scviaduct.mapping.mapper import Mapper, model_columns
 from scviaduct.mapping.reading import read_block
 from scviaduct.references.training import train
@@ -38,11 +39,11 @@ def mrvi(shared_data, tmp_path_factory):
     return train(str(folder / "cells.h5ad"), recipe, folder / "thp1")
 
 
-def report_of(source, reference, settings=None):
+def report_of(source, reference, settings=None, **options):
     told = settings or Settings()
     with open_source(str(source)) as opened:
-        scan = opened.scan(10_000, preflight.scan_columns(reference, told))
-        return preflight.check(opened, scan, reference, told, reference.encoder().gene_influence())
+        scan = opened.scan(10_000, preflight.scan_columns(reference, told), group_columns(reference, told))
+        return preflight.check(opened, scan, reference, told, reference.encoder().gene_influence(), **options)
 
 
 def finding(report, name):
@@ -89,7 +90,7 @@ def test_proteins_move_the_latent(totalvi, shared_data):
     assert np.abs(with_proteins.latent - recorded).max() / recorded.std() <= 1e-5
 
 
-def test_samples_that_a_reference_does_not_know_stop(mrvi, shared_data):
+def test_samples_that_a_reference_does_not_know_need_surgery(mrvi, shared_data):
     path = shared_data / "perturb_thp1_eccite_sceptre.h5ad"
     known = "?filter=perturbation in ['STAT1', 'IFNGR1']"
     report = report_of(f"{path}{known}", mrvi)
@@ -99,10 +100,27 @@ def test_samples_that_a_reference_does_not_know_stop(mrvi, shared_data):
     (mapping,) = latents(f"{path}{known}", mrvi)
     assert mapping.latent.shape[1] == mrvi.n_latent
     strange = f"{path}?filter=perturbation in ['STAT1', 'CAV1']"
-    found = finding(report_of(strange, mrvi), "sample")
+    fitted = report_of(strange, mrvi)
+    assert (finding(fitted, "sample").level, fitted.verdict) == ("ok", "fit")
+    assert finding(fitted, "surgery").message.startswith("Surgery fits adapters for 1 query batch, ")
+    assert "(sample=CAV1)" in finding(fitted, "surgery").message
+    found = finding(report_of(strange, mrvi, surgery="off"), "sample")
     assert (found.level, found.overridable) == ("stop", False)
     assert "CAV1" in found.message
-    with pytest.raises(DataError, match=r"Sample 'perturbation' of cell .* is 'CAV1', not one that the reference"):
+    with pytest.raises(DataError, match=r"'perturbation' of cell .* is 'CAV1', not one that the reference"):
         latents(strange, mrvi)
     by_another = report_of(path, mrvi, Settings(sample_key="donor"))
     assert "Name the column that holds it: --sample-key COLUMN." in finding(by_another, "sample").remedy
+
+
+def test_a_panel_without_one_of_the_reference_s_proteins_stops_unless_accepted(totalvi, shared_data, tmp_path):
+    cells = anndata.read_h5ad(shared_data / "citeseq_pbmc10k_scvitests.h5ad")
+    panel = cells.obsm["protein_expression"]
+    cells.obsm["protein_expression"] = panel.set_axis([f"ADT-{i}" for i in range(panel.shape[1])], axis=1)
+    cells.write_h5ad(tmp_path / "other.h5ad")
+    report = report_of(f"{tmp_path}/other.h5ad?proteins=protein_expression", totalvi)
+    stop = finding(report, "proteins")
+    assert (stop.level, report.verdict) == ("stop", "not fit")
+    assert stop.message.startswith("None of the query's 14 proteins (ADT-0, ADT-1, ADT-2 and 11 more) is one of the")
+    assert finding(report, "genes").remedy == "", "the panel was named"
+    assert report.accept(["proteins"]).verdict == "fit"

@@ -314,7 +314,7 @@ def test_a_continuous_covariate_of_large_integers(blocks, write, make_cells, con
     np.testing.assert_array_equal(mapper.map(block).latent, mapper.map(real).latent)
 
 
-KNOWN_ONLY = "A reference with encode_covariates=True maps known values only, until scArches surgery is built."
+KNOWN_ONLY = "A new value needs an adapter, which surgery fits: --surgery auto. A missing one must be filled."
 FINITE_ONLY = "Give every cell a finite value."
 
 

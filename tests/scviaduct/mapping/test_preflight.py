@@ -13,6 +13,7 @@ from scipy import sparse
 
 from scviaduct.errors import DataError, InputError, NotFitError
 from scviaduct.mapping import checks, preflight
+from scviaduct.mapping.batches import group_columns
 from scviaduct.mapping.genes import match_genes
 from scviaduct.mapping.mapper import Mapper, model_columns
 from scviaduct.mapping.reading import read_block
@@ -28,8 +29,9 @@ def check(write):
     def check(query, reference, batch_key="", shard_cells=1000, parameters="", **options):
         uri = write(query) if hasattr(query, "obs") else query
         settings = Settings(batch_key=batch_key)
+        groups = group_columns(reference, settings, decoder=options.get("surgery") == "decoder")
         with open_source(f"{uri}{parameters}") as source:
-            scan = source.scan(shard_cells, preflight.scan_columns(reference, settings))
+            scan = source.scan(shard_cells, preflight.scan_columns(reference, settings), groups)
             return preflight.check(source, scan, reference, settings, reference.encoder().gene_influence(), **options)
 
     return check
@@ -285,24 +287,9 @@ UNKNOWN_TO_THE_ENCODER = [
     ),
     (
         "batch",
-        {"batch": ["b9", "b8", *["b0"] * 58]},
-        (
-            "obs column 'batch' has 2 values that the reference does not know (b9, b8), and its encoder reads them"
-            " (encode_covariates=True): new ones need scArches surgery, which is not built yet."
-        ),
-        "Map cells of known values only (b0, b1, b2), or with encode_covariates=False.",
-    ),
-    (
-        "batch",
         {"batch": np.linspace(0, 1, CELLS)},
         "obs column 'batch' holds numbers, where categories such as 'b0' are meant.",
         "Name a categorical column: --batch-key COLUMN.",
-    ),
-    (
-        "batch",
-        {"batch": [i % 2 for i in range(CELLS)]},
-        "obs column 'batch' has 2 values that the reference does not know (0, 1)",
-        "or with encode_covariates=False.",
     ),
     ("covariates", {"sex": None}, "obs column 'sex' is not in file:", "Add it to the source's obs."),
     (
@@ -310,12 +297,6 @@ UNKNOWN_TO_THE_ENCODER = [
         {"sex": ["f", None, *["m"] * 58]},
         "1 of 60 cells have no value in obs column 'sex'.",
         "Fill 'sex', or filter those cells out.",
-    ),
-    (
-        "covariates",
-        {"sex": ["male", *["m"] * 59]},
-        "obs column 'sex' has 1 value that the reference does not know (male)",
-        "Map cells of known values only (f, m), or with encode_covariates=False.",
     ),
     (
         "covariates",
@@ -336,6 +317,18 @@ UNKNOWN_TO_THE_ENCODER = [
         "Continuous covariate 'age' has string values.",
         "Give every cell a number.",
     ),
+]
+
+
+NEW_TO_THE_REFERENCE = [
+    # finding, obs columns that differ, what is seen
+    ("batch", {"batch": ["b9", "b8", *["b0"] * 58]}, "2 values that the reference does not know (b9, b8), in 2 cells"),
+    (
+        "batch",
+        {"batch": [i % 2 for i in range(CELLS)]},
+        "2 values that the reference does not know (0, 1), in 60 cells",
+    ),
+    ("covariates", {"sex": ["male", *["m"] * 59]}, "1 value that the reference does not know (male), in 1 cell"),
 ]
 
 
@@ -366,11 +359,93 @@ def test_what_an_encoder_reads_must_be_known(check, make_cells, conditional, nam
     assert stop.message.startswith(told)
     assert stop.remedy.endswith(remedy)
     assert (report.verdict, report.exit_status) == ("not fit", 1)
+    assert not findings(report, "surgery")
     with pytest.raises(InputError, match=rf"--accept {name}: .*It cannot be overridden\."):
         report.accept([name])
 
 
-@pytest.mark.parametrize("columns", [row[1] for row in UNKNOWN_TO_THE_ENCODER])
+@pytest.mark.parametrize(("name", "columns", "told"), NEW_TO_THE_REFERENCE)
+def test_new_values_get_adapters_unless_surgery_is_off(check, make_cells, conditional, name, columns, told):
+    adata = with_columns(make_cells(CELLS), columns)
+    report = check(adata, conditional)
+    found = next(found for found in findings(report, name) if "does not know" in found.message)
+    column = next(iter(columns))
+    reads = f"obs column '{column}' has {told}, and its encoder reads them (encode_covariates=True): "
+    assert found.message == f"{reads}scArches surgery fits an adapter for each."
+    assert (found.level, report.verdict) == ("ok", "fit")
+    off = check(adata, conditional, surgery="off")
+    (stop,) = [found for found in off.findings if found.level == "stop"]
+    known = {"batch": "b0, b1, b2", "sex": "f, m"}[column]
+    assert stop.message == f"{reads}new ones need scArches surgery, which is switched off."
+    assert stop.remedy == f"Fit them, --surgery auto, or map cells of known values only ({known})."
+    assert not findings(off, "surgery")
+    with pytest.raises(InputError, match=rf"--accept {name}: .*It cannot be overridden\."):
+        off.accept([name])
+
+
+def test_query_batches_are_counted_and_those_of_few_cells_named(check, make_cells, conditional):
+    batch = [*["b9"] * 30, *["b8"] * 19, *["b0"] * 11]
+    report = check(make_cells(batch=batch, sex=["f"] * 60), conditional)
+    found = finding(report, "surgery")
+    assert (found.level, report.verdict) == ("warn", "fit")
+    assert found.message == (
+        "Surgery fits adapters for 2 query batches, 49 cells (batch=b8; batch=b9). 1 of them has fewer than 20 cells"
+        " (batch=b8: 19)."
+    )
+    assert found.figures == {"query_batches": 2, "cells": 49, "few": 1}
+    enough = finding(check(make_cells(batch=[*["b9"] * 30, *["b8"] * 20, *["b0"] * 10]), conditional), "surgery")
+    assert enough.level == "ok"
+    assert enough.message.startswith("Surgery fits adapters for 2 query batches, 50 cells")
+    together = finding(check(make_cells(batch=["b9"] * 60, sex=["x", "f"] * 30), conditional), "surgery")
+    assert "(batch=b9; batch=b9, sex=x)" in together.message
+    assert not findings(check(make_cells(), conditional), "surgery")
+
+
+def test_a_scan_without_groups_is_checked_without_counting_query_batches(make_cells, write, conditional):
+    with open_source(str(write(make_cells(batch=["b9"] * 60)))) as source:
+        scan = source.scan(1000, preflight.scan_columns(conditional, Settings()))
+        influence = conditional.encoder().gene_influence()
+        report = preflight.check(source, scan, conditional, Settings(), influence)
+    assert report.verdict == "fit"
+    assert "in 60 cells" in finding(report, "batch").message
+    assert not findings(report, "surgery")
+
+
+def test_batches_of_the_decoder_alone_get_adapters_if_asked(check, make_cells, scanvi):
+    adata = make_cells(batch=["b9"] * 60)
+    plain, asked = check(adata, scanvi), check(adata, scanvi, surgery="decoder")
+    assert "does not depend on the batch" in finding(plain, "batch").message
+    assert not findings(plain, "surgery")
+    assert finding(asked, "batch").message == (
+        "obs column 'batch' has 1 value that the reference does not know (b9), in 60 cells, and its decoder reads them"
+        " (--surgery decoder): scArches surgery fits an adapter for each."
+    )
+    assert finding(asked, "surgery").message == "Surgery fits adapters for 1 query batch, 60 cells (batch=b9)."
+    for columns in ({"batch": None}, {"batch": [None, *["b9"] * 59]}):
+        stopped = check(with_columns(make_cells(), columns), scanvi, surgery="decoder")
+        assert findings(stopped, "batch")[0].level == "stop"
+        assert not findings(stopped, "surgery")
+
+
+def test_a_reference_of_one_batch_has_no_input_for_it(check, make_cells, conditional):
+    one = replace(conditional, batch_categories=("b0",))
+    report = check(make_cells(batch=["b9"] * 60), one)
+    assert finding(report, "batch").message == (
+        "The latent does not depend on the batch (the reference was trained with one batch);"
+        " 'batch' has 1 values, 1 new to the reference, 0 missing."
+    )
+    assert report.verdict == "fit"
+
+
+def test_surgery_needs_the_size_factor_that_the_reference_was_trained_with(check, make_cells, conditional):
+    sized = replace(conditional, size_factor_key="depth")
+    stop = finding(check(make_cells(batch=["b9"] * 60), sized), "surgery")
+    assert (stop.level, stop.overridable, stop.remedy) == ("stop", False, "Add 'depth' to the source's obs.")
+    assert check(make_cells(), sized).verdict == "fit"
+    assert check(make_cells(batch=["b9"] * 60, depth=[1.0] * 60), sized).verdict == "fit"
+
+
+@pytest.mark.parametrize("columns", [row[1] for row in (*UNKNOWN_TO_THE_ENCODER, *NEW_TO_THE_REFERENCE)])
 def test_an_encoder_that_reads_no_covariates_takes_any(check, make_cells, conditional, columns):
     deaf = replace(conditional, encode_covariates=False)
     report = check(with_columns(make_cells(CELLS), columns), deaf)
@@ -498,8 +573,8 @@ def test_an_unknown_name_cannot_be_accepted(check, make_cells, scanvi):
     with pytest.raises(InputError) as error:
         check(make_cells(), scanvi).accept(["gene"])
     assert str(error.value) == (
-        "--accept gene: no check has that name. Checks: cells, reading, genes, gene-ids, counts, empty-cells, batch,"
-        " sample, covariates, labels."
+        "--accept gene: no check has that name. Checks: cells, reading, genes, gene-ids, proteins, peaks, counts,"
+        " empty-cells, batch, sample, covariates, surgery, labels."
     )
 
 
