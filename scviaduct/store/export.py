@@ -149,8 +149,8 @@ def _writable(obs: pd.DataFrame) -> pd.DataFrame:
     columns: dict[str, Any] = {}
     for name in obs.columns:
         values = obs[name]
-        if name == "soma_joinid" and values.isna().all():
-            continue  # files have none
+        if name in ("soma_joinid", "adapter") and values.isna().all():
+            continue  # files have none, and few mappings need adapters
         if isinstance(values.dtype, pd.CategoricalDtype):
             columns[name] = values.cat.remove_unused_categories()
         elif values.dtype == object:

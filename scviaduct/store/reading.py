@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scviaduct.errors import InputError, StoreError
-from scviaduct.store.schema import LATENT_COLUMNS, LATENTS, RESERVED
+from scviaduct.store.derivedreading import DerivedColumns
+from scviaduct.store.schema import LATENT_COLUMNS, LATENTS, RESERVED, TYPES
 from scviaduct.store.where import parse_where
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from scviaduct.store.committing import Pair
+    from scviaduct.store.derived import Derived
 
 _BLOCK = 16_384
 
@@ -40,6 +42,8 @@ class Snapshot:
         Version of ``latents`` that goes with it.
     columns
         Schema of ``cells``.
+    derived
+        Name of each derived set to what the version says of it.
     """
 
     version: int
@@ -48,6 +52,7 @@ class Snapshot:
     pairs: Mapping[str, Pair]
     latents_version: int
     columns: pa.Schema
+    derived: Mapping[str, Derived] = field(default_factory=dict)
 
     @property
     def cells(self) -> int:
@@ -56,9 +61,32 @@ class Snapshot:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Columns that a reader sees, both tables joined."""
+        """Columns that a reader sees: both tables joined, and those of derived sets behind the kept ones."""
+        return (*self.own[:-3], *self.derived_types, *self.own[-3:])
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Columns of the two tables, joined."""
         first = ["source", "dataset_id", "observation_id", "source_row", "soma_joinid"]
         return (*first, *LATENT_COLUMNS, *self.kept, "unit", "unit_row", "run")
+
+    @property
+    def derived_types(self) -> dict[str, str]:
+        """Columns of derived sets, as a reader sees them, to their types."""
+        return {seen: one.columns[name] for one in self.derived.values() for seen, name in one.seen.items()}
+
+    def named(self, name: str) -> Derived:
+        """A derived set.
+
+        Raises
+        ------
+        InputError
+            If the version has none of that name.
+        """
+        if name not in self.derived:
+            there = ", ".join(self.derived) or "none"
+            raise InputError(f"Version {self.version} has no derived set '{name}'.", f"Derived sets: {there}.")
+        return self.derived[name]
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -68,8 +96,10 @@ class Snapshot:
     @property
     def schema(self) -> pa.Schema:
         """Schema of what a reader sees; kept text columns are dictionaries."""
-        kinds = {field.name: field.type for field in (*LATENTS, *self.columns)}
-        text = {name for name in (*self.kept, "label", "source", "dataset_id") if pa.types.is_string(kinds[name])}
+        derived = {name: TYPES[kind] for name, kind in self.derived_types.items()}
+        kinds = {field.name: field.type for field in (*LATENTS, *self.columns)} | derived
+        repeating = (*self.kept, *derived, "label", "adapter", "source", "dataset_id")
+        text = {name for name in repeating if pa.types.is_string(kinds[name])}
         coded = pa.dictionary(pa.int32(), pa.string())
         return pa.schema([(name, coded if name in text else kinds[name]) for name in self.names])
 
@@ -96,8 +126,9 @@ def read_units(
         raise InputError(f"There is no column '{unknown[0]}'.", f"Columns: {', '.join(snapshot.names)}.")
     condition = parse_where(where, snapshot.schema) if where else None
     needed = list(dict.fromkeys([*names, *(condition.columns if condition else ())]))
+    derived = DerivedColumns(space, snapshot.derived.values())
     for pair in sorted(snapshot.pairs.values(), key=_order):
-        table = _read_pair(space, snapshot, pair, needed)
+        table = _read_pair(space, snapshot, pair, needed, derived)
         if condition:
             table = table.filter(condition.expression)
         if len(table):
@@ -143,15 +174,23 @@ def _order(pair: Pair) -> tuple[str, int]:
     return pair.cells.source, pair.cells.first_row or 0
 
 
-def _read_pair(space: Path, snapshot: Snapshot, pair: Pair, names: Sequence[str]) -> pa.Table:
-    """Rows of a unit, with the columns of both tables side by side: both files hold the same rows in order."""
-    schema = snapshot.schema
+def _read_pair(space: Path, snapshot: Snapshot, pair: Pair, names: Sequence[str], derived: DerivedColumns) -> pa.Table:
+    """Rows of a unit, with the columns of both tables side by side: both files hold the same rows in order.
+
+    What is left of a unit keeps ``unit_row``, by which the rows of derived sets are found.
+    """
+    schema, of_sets = snapshot.schema, snapshot.derived_types
+    of_derived = [name for name in names if name in of_sets]
     of_latents = [name for name in names if name in LATENT_COLUMNS]
-    of_cells = [name for name in names if name not in LATENT_COLUMNS]
+    of_cells = [name for name in names if name not in LATENT_COLUMNS and name not in of_sets]
+    if of_derived and "unit_row" not in of_cells:
+        of_cells.append("unit_row")
     columns: dict[str, Any] = {}
     for table, file, wanted in (("latents", pair.latents, of_latents), ("cells", pair.cells, of_cells)):
         if wanted:
             columns |= _read_file(space / table / file.path, wanted)
+    if of_derived:
+        columns |= derived.read(pair.cells.unit, columns["unit_row"].to_numpy(), of_derived)
     empty = {name: pa.nulls(pair.cells.rows, schema.field(name).type) for name in names if name not in columns}
     kinds = pa.schema([schema.field(name) for name in names])
     return pa.table({name: (columns | empty)[name] for name in names}).cast(kinds)

@@ -11,6 +11,7 @@ from scviaduct.errors import InputError
 from scviaduct.sources.obs import as_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from collections.abc import Mapping as MappingType
 
     from scviaduct.values import CellBlock, Mapping, Settings, Unit
@@ -27,10 +28,11 @@ LATENTS = pa.schema(
         ("entropy", pa.float32()),
         ("ambiguous", pa.bool_()),
         ("reference", pa.string()),
+        ("adapter", pa.string()),
         *ORIGIN,
     ]
 )
-LATENT_COLUMNS = ("latent", "label", "probability", "margin", "entropy", "ambiguous", "reference")
+LATENT_COLUMNS = ("latent", "label", "probability", "margin", "entropy", "ambiguous", "reference", "adapter")
 CELLS = pa.schema([*KEY, ("source_row", pa.int64()), ("soma_joinid", pa.int64())])
 RESERVED = frozenset({*LATENTS.names, *CELLS.names})
 TYPES = {"string": pa.string(), "bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
@@ -49,18 +51,31 @@ def cells_schema(kept: MappingType[str, str]) -> pa.Schema:
     return pa.schema([*CELLS, *((name, TYPES[kind]) for name, kind in kept.items()), *ORIGIN])
 
 
-def new_columns(there: pa.Schema, kept: MappingType[str, str]) -> list[pa.Field]:
+def new_columns(there: pa.Schema, kept: MappingType[str, str], derived: Iterable[str] = ()) -> list[pa.Field]:
     """Kept columns that a ``cells`` table lacks.
+
+    Parameters
+    ----------
+    there
+        Schema of the table.
+    kept
+        Kept obs column to its type.
+    derived
+        Columns of the space's derived sets.
 
     Raises
     ------
     InputError
-        If the table has a column of that name and another type, or of that name in other letters.
+        If the table has a column of that name and another type, or of that name in other letters, or a derived set has
+        one of that name.
     """
     remedy = "Rename the column in the source, or leave it out of --keep-obs."
     wanted, known = cells_schema(kept), {name.lower(): name for name in there.names}
+    taken = {name.lower(): name for name in derived}
     new = []
     for name in kept:
+        if set_column := taken.get(name.lower()):
+            raise InputError(f"obs column '{name}' is called as the column '{set_column}' of a derived set.", remedy)
         other = known.get(name.lower())
         if other is None:
             new.append(wanted.field(name))
@@ -94,9 +109,8 @@ def unit_rows(
     label = pa.DictionaryArray.from_arrays(codes, pa.array(mapping.labels or ("",), pa.string())).cast(pa.string())
     figures = [pa.array(values, mask=unlabelled) for values in (mapping.probability, mapping.margin, mapping.entropy)]
     ambiguous = pa.array(mapping.entropy > settings.ambiguous_entropy, mask=unlabelled)
-    latents = pa.table(
-        [*key, _lists(mapping), label, *figures, ambiguous, _constant(reference, n), *origin], schema=LATENTS
-    )
+    said = [label, *figures, ambiguous, _constant(reference, n), _adapters(mapping)]
+    latents = pa.table([*key, _lists(mapping), *said, *origin], schema=LATENTS)
     joinids = pa.array(block.rows) if shard.uri.startswith(("census:", "soma:")) else pa.nulls(n, pa.int64())
     schema = cells_schema(settings.keep_obs)
     kept = [
@@ -105,6 +119,14 @@ def unit_rows(
     ]
     cells = pa.table([*key, pa.array(block.rows), joinids, *kept, *origin], schema=schema)
     return latents, cells
+
+
+def _adapters(mapping: Mapping) -> pa.Array:
+    """Name of each cell's adapter; null for none."""
+    if mapping.adapter is None:
+        return pa.nulls(len(mapping.label), pa.string())
+    codes = pa.array(mapping.adapter, pa.int32(), mask=mapping.adapter < 0)
+    return pa.DictionaryArray.from_arrays(codes, pa.array(mapping.adapters or ("",), pa.string())).cast(pa.string())
 
 
 def _lists(mapping: Mapping) -> pa.Array:

@@ -9,7 +9,10 @@ from deltalake.exceptions import CommitFailedError
 
 from scviaduct import faults
 from scviaduct.errors import InputError, StoreError
+from scviaduct.mapping.adapters import Shelf
 from scviaduct.store.committing import Pair, milliseconds, replace_cells, require_whole
+from scviaduct.store.derived import Derived
+from scviaduct.store.deriving import Derives
 from scviaduct.store.files import write_once
 from scviaduct.store.reading import Snapshot, read_sorted, read_units
 from scviaduct.store.schema import LATENTS, cells_schema, new_columns
@@ -26,7 +29,7 @@ _TRIES = 20
 _TOLD = "scviaduct."
 
 
-class Space:
+class Space(Derives):
     """One reference's latents: two Delta tables with one commit point.
 
     Parameters
@@ -45,6 +48,11 @@ class Space:
         self.labels: tuple[str, ...] = tuple(told["labels"])
         self._latents = Table(path / "latents", f"scviaduct:{self.name}")
         self._cells = Table(path / "cells", f"scviaduct:{self.name}")
+
+    @property
+    def adapters(self) -> Shelf:
+        """What surgery learnt of query batches."""
+        return Shelf(str(self.path / "adapters"))
 
     @classmethod
     def create(cls, path: Path, told: Mapping[str, Any]) -> Self:
@@ -92,7 +100,9 @@ class Space:
                 problem = f"Version {cells.number} of {self.name} names {file.path}, which no latents go with."
                 raise StoreError(problem, "Something else rewrote the table; --as-of reads the versions before.")
         pairs = {file.name: Pair(by_name[file.name], file) for file in cells.files.values()}
-        return Snapshot(cells.number, run, cells.timestamp, pairs, named, cells.columns)
+        sets = json.loads(told.get(f"{_TOLD}derived", "{}"))
+        derived = {name: Derived.heard(name, one) for name, one in sets.items()}
+        return Snapshot(cells.number, run, cells.timestamp, pairs, named, cells.columns, derived)
 
     def head(self) -> int:
         """Newest version; 0 for a space without a commit."""
@@ -171,7 +181,7 @@ class Space:
             change = replace_cells(self.path, snapshot.pairs, completions)
             require_whole(self.path, completions, change.add)
             try:
-                if self._widen(head, kept):
+                if self._widen(head, kept, snapshot.derived_types):
                     continue
                 named = self._commit_latents(snapshot, change.add, change.remove)
                 faults.point("latents-committed")
@@ -180,20 +190,63 @@ class Space:
                     recorded = True
                 dropped = sum(pair.cells.rows for pair in change.remove)
                 cells = snapshot.cells + sum(pair.cells.rows for pair in change.add) - dropped
-                facts = {**told, "latents": named, "cells": cells}
-                said = {f"{_TOLD}{key}": str(value) for key, value in facts.items()}
+                said = _said(told, named, cells, snapshot.derived)
                 add, remove = [pair.cells for pair in change.add], [pair.cells for pair in change.remove]
                 self._cells.commit(head, add, remove, said, now=milliseconds())
             except CommitFailedError:
                 continue
             faults.point("committed")
             return head.number + 1
-        remedy = "What is staged is kept: run the command again."
-        raise StoreError(f"Other writers kept committing to {self.name}.", remedy)
+        raise self._overtaken()
 
-    def _widen(self, head: Version, kept: Mapping[str, str]) -> bool:
+    def amend(
+        self,
+        change: Callable[[Snapshot], Mapping[str, Derived]],
+        told: Mapping[str, str],
+        before: Callable[[], None],
+    ) -> int:
+        """Commit other derived sets with the same cells.
+
+        Parameters
+        ----------
+        change
+            Makes the sets of the next version of a snapshot; called again if another writer was quicker.
+        told
+            What the commit says of itself; ``run`` is required.
+        before
+            Called once, just before anything becomes visible, or if there is nothing to change.
+
+        Returns
+        -------
+        int
+            The version that has the sets; the newest one if it has them already.
+        """
+        recorded = False
+        for _ in range(_TRIES):
+            head = self._cells.load()
+            snapshot = self._resolve(head)
+            derived = change(snapshot)
+            if not recorded:
+                before()
+                recorded = True
+            if derived == snapshot.derived:
+                return snapshot.version
+            said = _said(told, snapshot.latents_version, snapshot.cells, derived)
+            try:
+                self._cells.commit(head, [], [], said, now=milliseconds())
+            except CommitFailedError:
+                continue
+            faults.point("committed")
+            return head.number + 1
+        raise self._overtaken()
+
+    def _overtaken(self) -> StoreError:
+        remedy = "What is staged is kept: run the command again."
+        return StoreError(f"Other writers kept committing to {self.name}.", remedy)
+
+    def _widen(self, head: Version, kept: Mapping[str, str], derived: Iterable[str]) -> bool:
         """Add columns that the space lacks; whether there were any."""
-        missing = new_columns(head.columns, kept)
+        missing = new_columns(head.columns, kept, derived)
         if missing:
             self._cells.widen(head, missing)
         return bool(missing)
@@ -205,6 +258,10 @@ class Space:
             wanted.pop(pair.latents.path)
         wanted |= {pair.latents.path: pair.latents for pair in add}
         head = self._latents.load()
+        missing = [field for field in LATENTS if field.name not in head.columns.names]
+        if missing:  # the space was made before there was such a column
+            self._latents.widen(head, missing)
+            head = self._latents.load()
         more = [file for path, file in wanted.items() if path not in head.files]
         less = [file for path, file in head.files.items() if path not in wanted]
         self._latents.commit(head, more, less, {}, now=milliseconds())
@@ -251,3 +308,11 @@ class Space:
         if where is None:
             return self.snapshot(as_of).cells
         return sum(len(table) for table in self.read(["unit"], where, as_of))
+
+
+def _said(told: Mapping[str, str], latents: int, cells: int, derived: Mapping[str, Derived]) -> dict[str, str]:
+    """What a commit of ``cells`` says: its own facts, and what belongs to the version."""
+    facts: dict[str, Any] = {**told, "latents": latents, "cells": cells}
+    if derived:
+        facts["derived"] = json.dumps({name: one.told() for name, one in derived.items()})
+    return {f"{_TOLD}{key}": str(value) for key, value in facts.items()}

@@ -18,7 +18,7 @@ from scviaduct.store.files import read_json, write_once
 from scviaduct.store.space import Space
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from scviaduct.values import Plan
 
@@ -228,6 +228,11 @@ class Store:
             raise InputError(f"No run '{run}' has begun here.", f"Runs: {', '.join(known) or 'none'}.")
         found: dict[str, Any] = read_json(path)
         return found
+
+    def plans(self) -> Iterator[dict[str, Any]]:
+        """The plans of all runs that have begun."""
+        for file in sorted((self.path / "runs" / "_plans").glob("*.json")):
+            yield read_json(file)
 
     def record(self, record: RunRecord) -> None:
         """Append a run's record."""

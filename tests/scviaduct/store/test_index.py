@@ -225,7 +225,7 @@ def test_text_that_repeats_is_stored_once(lab, monkeypatch):
     index = ensure_index(lab.space)
     kinds = {field.name: str(field.type) for field in index.rows.schema}
     coded = {name for name, kind in kinds.items() if kind.startswith("dictionary")}
-    assert coded == {"source", "dataset_id", "label", "reference", "unit", "run", "few", "none"}
+    assert coded == {"source", "dataset_id", "label", "reference", "adapter", "unit", "run", "few", "none"}
     stored = [row for table in lab.space.read() for row in table.to_pylist() if row["latent"] is not None]
     assert index.rows.to_pylist() == [{k: v for k, v in row.items() if k != "latent"} for row in stored]
     unit = stored[-1]["unit"]

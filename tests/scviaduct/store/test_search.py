@@ -82,6 +82,7 @@ def test_a_hit_says_who_it_is(line):
         "entropy": 0.25,
         "ambiguous": False,
         "reference": "pbmc@0123456789ab",
+        "adapter": None,
         "tissue": "skin",
         "whole": 3,
     }

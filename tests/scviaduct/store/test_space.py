@@ -32,6 +32,7 @@ TYPES = {
     "entropy": pa.float32(),
     "ambiguous": pa.bool_(),
     "reference": pa.string(),
+    "adapter": CODED,
     "text": CODED,
     "truth": pa.bool_(),
     "whole": pa.int64(),
@@ -66,6 +67,7 @@ def test_every_column_is_read_back(lab):
         "entropy": [1.25, None, 0.25, 1.25],
         "ambiguous": [True, None, False, True],
         "reference": ["pbmc@0123456789ab"] * 4,
+        "adapter": [None] * 4,
         **OBS,
         "unit": [completion.unit] * 4,
         "unit_row": [0, 1, 2, 3],
@@ -116,7 +118,7 @@ def test_staged_files_are_small(lab):
     latent = rng.normal(size=(5_000, DIMENSIONS))
     completion = lab.stage(range(5_000), latent=latent, kept=KEPT, obs={n: [v[0]] * 5_000 for n, v in OBS.items()})
     split = {"latent.list.element", "probability", "margin", "entropy", "real"}
-    coded = {"source", "dataset_id", "observation_id", "label", "reference", "unit", "run", "text"}
+    coded = {"source", "dataset_id", "observation_id", "label", "reference", "adapter", "unit", "run", "text"}
     seen = set()
     for table, file in (("latents", completion.latents), ("cells", completion.cells)):
         path = lab.space.path / table / file.path
