@@ -14,6 +14,7 @@ from scviaduct.mapping.mapper import Mapper
 from scviaduct.references.package import Reference
 
 if TYPE_CHECKING:
+    from scviaduct.mapping.fleet import Fleet
     from scviaduct.store import Completion, Stager
     from scviaduct.values import CellBlock, Settings, Unit
 
@@ -31,6 +32,8 @@ class MappingWorker:
         Where the rows go.
     device
         ``"cpu"`` or ``"cuda"``; None for the GPU that Ray assigned to this actor, if any.
+    fleet
+        Adapters of the query's new batches; each is read when the first block needs it.
 
     Notes
     -----
@@ -38,12 +41,19 @@ class MappingWorker:
     two of them take several times as long as one.
     """
 
-    def __init__(self, reference: str, settings: Settings, stager: Stager, device: str | None = None) -> None:
+    def __init__(
+        self,
+        reference: str,
+        settings: Settings,
+        stager: Stager,
+        device: str | None = None,
+        fleet: Fleet | None = None,
+    ) -> None:
         torch.set_num_threads(1)
         faiss.omp_set_num_threads(1)
         self.device = device or ("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
         device = self.device
-        self._mapper = Mapper(Reference.load(reference), settings, device)
+        self._mapper = Mapper(Reference.load(reference), settings, device, fleet)
         self._settings = settings
         self._stager = stager
 

@@ -11,6 +11,7 @@ from actors.reading import read_task
 if TYPE_CHECKING:
     import ray
 
+    from scviaduct.mapping.fleet import Fleet
     from scviaduct.store import Stager
     from scviaduct.values import Settings, Unit
 
@@ -49,6 +50,8 @@ class MappingPool:
         obs columns that readers bring along.
     placement
         What each reserves.
+    fleet
+        Adapters of the query's new batches.
     """
 
     reference: str
@@ -56,6 +59,7 @@ class MappingPool:
     stager: Stager
     columns: tuple[str, ...]
     placement: Placement
+    fleet: Fleet | None = None
 
     def read(self, unit: Unit) -> tuple[ray.ObjectRef[Any], ray.ObjectRef[Any]]:
         """Start reading a unit; references to its size in bytes and to its block."""
@@ -66,7 +70,8 @@ class MappingPool:
     def start(self) -> Any:
         """Start a mapping actor; it loads the reference at once."""
         resources = {"num_cpus": self.placement.actor_cpus, "num_gpus": self.placement.actor_gpus}
-        return MappingActor.options(**resources).remote(self.reference, self.settings, self.stager)
+        told = self.reference, self.settings, self.stager
+        return MappingActor.options(**resources).remote(*told, fleet=self.fleet)
 
     def ready(self, actor: Any) -> ray.ObjectRef[Any]:
         """Reference that resolves once the actor has loaded its reference."""

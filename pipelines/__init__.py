@@ -13,6 +13,7 @@ _CALLS = {
     "check": "pipelines.preflight",
     "choose": "pipelines.choosing",
     "demo": "pipelines.demo",
+    "derive": "pipelines.deriving",
     "export": "pipelines.exporting",
     "map": "pipelines.mapping",
     "publish": "pipelines.publishing",
@@ -20,12 +21,26 @@ _CALLS = {
     "status": "pipelines.reporting",
     "train": "pipelines.training",
 }
-__all__ = ["check", "choose", "demo", "export", "map", "publish", "reference", "search", "status", "train"]
+_GROUPS = ("adapters", "reference")
+__all__ = [
+    "adapters",
+    "check",
+    "choose",
+    "demo",
+    "derive",
+    "export",
+    "map",
+    "publish",
+    "reference",
+    "search",
+    "status",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "reference":
-        return import_module("pipelines.reference")
+    if name in _GROUPS:
+        return import_module(f"pipelines.{name}")
     if name in _CALLS:
         return getattr(import_module(_CALLS[name]), name)
     raise AttributeError(f"module 'pipelines' has no attribute '{name}'")

@@ -16,7 +16,9 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from pipelines import printing
+from pipelines.cli_adapter import app as adapter_app
 from pipelines.cli_choose import choose
+from pipelines.cli_derive import derive
 from pipelines.cli_publish import publish
 from pipelines.cli_reference import app as reference_app
 from pipelines.cli_train import train
@@ -32,6 +34,7 @@ from pipelines.options import (
     Source,
     SpaceOf,
     StorePath,
+    SurgeryMode,
     Where,
     listed,
 )
@@ -63,7 +66,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(MACHINE) from None
         except KeyboardInterrupt:
             kept = "What is complete is kept: run the same command to go on."
-            told = kept if ctx.invoked_subcommand in ("map", "train") else "Nothing is left half-written."
+            told = kept if ctx.invoked_subcommand in ("map", "train", "derive") else "Nothing is left half-written."
             typer.echo(f"scviaduct: interrupted. {told}", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
@@ -81,6 +84,8 @@ app.add_typer(reference_app, name="reference")
 app.command()(train)
 app.command()(choose)
 app.command()(publish)
+app.command()(derive)
+app.add_typer(adapter_app, name="adapter")
 
 
 @app.command()
@@ -90,13 +95,19 @@ def check(
     accept: Accept = None,
     batch_key: BatchKey = None,
     sample_key: SampleKey = None,
+    surgery: SurgeryMode = None,
     as_json: Json = False,
 ) -> None:
     """Check whether a query fits a reference. Exit status: 0 fit, 1 not fit, 3 cannot tell."""
     from pipelines.preflight import check as run
 
     report = run(
-        source, reference=reference, accept=listed(accept), batch_key=batch_key or "", sample_key=sample_key or ""
+        source,
+        reference=reference,
+        accept=listed(accept),
+        batch_key=batch_key or "",
+        sample_key=sample_key or "",
+        surgery=surgery or "auto",
     )
     printing.preflight(report, as_json=as_json)
     raise typer.Exit(report.exit_status)
@@ -116,6 +127,14 @@ def map_(
         float | None, Option(help="Entropy in nats above which a label is ambiguous. [default: 1.0]")
     ] = None,
     neighbors: Annotated[int | None, Option(help="k of labels by nearest neighbours (scvi). [default: 15]")] = None,
+    surgery: SurgeryMode = None,
+    surgery_cells: Annotated[
+        int | None, Option(help="Cells of a new batch that its adapter is fitted on. [default: 512]")
+    ] = None,
+    surgery_epochs: Annotated[int | None, Option(help="Epochs of an adapter, at most. [default: 100]")] = None,
+    background: Annotated[
+        list[str] | None, Option(help="Controls of the query, COLUMN=VALUE (ContrastiveVI); repeatable.")
+    ] = None,
     engine: Annotated[str | None, Option(help="ray, or inline: in this process. [default: ray]")] = None,
     address: Annotated[str | None, Option(help="Ray cluster: local, auto or HOST:PORT.")] = None,
     actors: Annotated[int | None, Option(help="Mapping actors. [default: one a GPU share, or half the CPUs]")] = None,
@@ -145,6 +164,10 @@ def map_(
         "sample_key": sample_key,
         "ambiguous_entropy": ambiguous_entropy,
         "neighbors": neighbors,
+        "surgery": surgery,
+        "surgery_cells": surgery_cells,
+        "surgery_epochs": surgery_epochs,
+        "background": background or None,
         "engine": engine,
         "address": address,
         "actors": actors,

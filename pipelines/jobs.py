@@ -57,6 +57,10 @@ class MapJob(_Job):
         1.0
     )
     neighbors: Annotated[int, Field(ge=1, description="k of the label transfer without a classifier")] = 15
+    surgery: Annotated[Literal["auto", "decoder", "off"], Field(description="auto, decoder or off")] = "auto"
+    surgery_cells: Annotated[int | None, Field(ge=1, description="cells of a batch to fit its adapter on")] = None
+    surgery_epochs: Annotated[int | None, Field(ge=1, description="epochs of an adapter, at most")] = None
+    background: Annotated[tuple[str, ...], Field(description="controls of a ContrastiveVI's query: column=value")] = ()
     engine: Annotated[Literal["ray", "inline"], Field(description="ray, or inline: in this process")] = "ray"
     address: Annotated[str | None, Field(description="Ray cluster: local, auto or HOST:PORT")] = None
     actors: Annotated[int | None, Field(ge=1, description="mapping actors")] = None

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from cluster.connect import require_answer
+from cluster.connect import connect, require_answer
 from pipelines.jobs import SHARD_CELLS
 from pipelines.progress import reporter
+from pipelines.query import Query, batches_of_query, scan_query, told_surgery
 from pipelines.running import Run
+from pipelines.surgery import Fitting, planned, shelf_in
 from scviaduct.errors import InputError
 from scviaduct.mapping import preflight
-from scviaduct.mapping.planning import kept_types, make_plan
+from scviaduct.mapping.fleet import Fleet
+from scviaduct.mapping.surgery import recalled
 from scviaduct.references.registry import Registry
 from scviaduct.sources import open_source
 from scviaduct.store import Store
-from scviaduct.store.schema import cells_schema, new_columns
+from scviaduct.store.schema import new_columns
 from scviaduct.values import Settings
 
 if TYPE_CHECKING:
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
 
     from cluster.dispatch import Quarantined
     from pipelines.running import Outcome
+    from pipelines.surgery import BatchAdapter
     from scviaduct.mapping.preflight import Report
+    from scviaduct.mapping.surgery import Surgery
     from scviaduct.references.package import Reference
+    from scviaduct.sources import Source
     from scviaduct.values import Plan
 
 QUARANTINE_STATUS = 4
@@ -56,7 +62,9 @@ class MapResult:
     report
         Of the preflight.
     seconds
-        Of each stage: scan, preflight, map, commit.
+        Of each stage: scan, preflight, surgery, map, commit.
+    adapters
+        What became of each new batch that needs an adapter.
     """
 
     run: str
@@ -69,6 +77,7 @@ class MapResult:
     quarantined: tuple[Quarantined, ...]
     report: Report
     seconds: dict[str, float]
+    adapters: tuple[BatchAdapter, ...] = ()
 
     @property
     def exit_status(self) -> int:
@@ -88,6 +97,10 @@ def map(  # noqa: A001 - the name of the command
     sample_key: str = "",
     ambiguous_entropy: float = 1.0,
     neighbors: int = 15,
+    surgery: str = "auto",
+    surgery_cells: int | None = None,
+    surgery_epochs: int | None = None,
+    background: Sequence[str] = (),
     engine: Literal["ray", "inline"] = "ray",
     address: str | None = None,
     actors: int | None = None,
@@ -121,6 +134,13 @@ def map(  # noqa: A001 - the name of the command
         Entropy in nats above which a label is flagged ``ambiguous``.
     neighbors
         k of the label transfer, for references without a classifier.
+    surgery
+        What is done about batches, samples and covariates that the reference does not know: ``auto`` fits an adapter
+        for each where the encoder reads it, ``decoder`` also where the decoder alone does, ``off`` none.
+    surgery_cells, surgery_epochs
+        Cells of each batch that its adapter is fitted on, and epochs, at most; None for 512 and 100.
+    background
+        ContrastiveVI: ``column=value`` pairs that make a query cell a control, for surgery.
     engine
         ``ray``, or ``inline`` to read and map one shard after the other in this process. Both give the same rows.
     address
@@ -147,73 +167,99 @@ def map(  # noqa: A001 - the name of the command
         remedy = f"Give at least 1; the default is {SHARD_CELLS}."
         raise InputError(f"--shard-cells {shard_cells} holds no cell.", remedy)
     package = Registry().get(reference)
+    wanted = told_surgery(surgery, surgery_cells, surgery_epochs, background, package)
     settings = Settings(
         batch_key=batch_key, sample_key=sample_key, ambiguous_entropy=ambiguous_entropy, neighbors=neighbors
     )
     if engine == "ray" and not dry_run:
         require_answer(address)  # before the minutes that scanning an atlas takes
     clock = _Clock()
-    with reporter(quiet=quiet) as progress:
-        plan, report = _plan(source, package, settings, keep_obs, shard_cells, accept, clock)
+    with reporter(quiet=quiet) as progress, open_source(source) as opened:
+        query = _query(opened, package, settings, wanted, keep_obs, shard_cells, accept, clock)
         if dry_run:
-            return _result(plan, report, clock, "planned", cells_done=0)
-        opened = Store.create(store)
-        space = opened.create_space(package.name, package.digest, package.n_latent, package.labels)
+            return _planned(query, store, clock)
+        kept = Store.create(store)
+        space = kept.create_space(package.name, package.digest, package.n_latent, package.labels)
+        there = space.snapshot()
         new_columns(
-            space.snapshot().columns, plan.settings.keep_obs
-        )  # refuses another type of a column, before any work
-        run = Run(plan, package, opened, space, progress)
-        todo = run.todo()
-        if not todo and run.is_visible():
-            return _result(plan, report, clock, "nothing to do", cells_done=plan.cells, version=space.head())
-        with clock.stage("map"):
-            if engine == "inline":
-                outcome = run.inline(todo)
-            else:
-                outcome = run.on_ray(todo, address, actors, readers, gpus_per_actor)
+            there.columns, query.settings.keep_obs, there.derived_types
+        )  # refuses another type, before any work
+        fitting = Fitting(query, space.adapters, progress) if query.batches else None
+        with ExitStack() as stack:
+            if fitting and fitting.left:
+                if engine == "ray":
+                    stack.enter_context(connect(address))  # one Ray for surgery and mapping
+                with clock.stage("surgery"):
+                    fitting.run(engine, address, actors, gpus_per_actor)
+            fleet = fitting.fleet if fitting else None
+            run = Run(query.plan(fleet), package, kept, space, progress, fleet)
+            told = _Told(run.plan, query.report, clock, fitting.batches if fitting else ())
+            todo = run.todo()
+            if not todo and run.is_visible():
+                return told.result("nothing to do", run.plan.cells, space.head())
+            with clock.stage("map"):
+                on = (address, actors, readers, gpus_per_actor)
+                outcome = run.inline(todo) if engine == "inline" else run.on_ray(todo, *on)
         with clock.stage("commit"):
             version = run.commit(outcome, clock.seconds)
-    state: Literal["committed", "failed"] = "failed" if version is None else "committed"
-    return _result(plan, report, clock, state, cells_done=run.cells_done(), version=version, outcome=outcome)
+    return told.result("failed" if version is None else "committed", run.cells_done(), version, outcome)
 
 
-def _plan(
-    source: str,
+def _query(
+    opened: Source,
     package: Reference,
     settings: Settings,
+    surgery: Surgery,
     keep_obs: Sequence[str],
     shard_cells: int,
     accept: Sequence[str],
     clock: _Clock,
-) -> tuple[Plan, Report]:
-    """Scan the source, open or close the gate, address the units."""
-    with open_source(source) as opened:
-        with clock.stage("scan"):
-            columns = dict.fromkeys([*preflight.scan_columns(package, settings), *keep_obs])
-            scan = opened.scan(shard_cells, list(columns))
-            settings = replace(settings, keep_obs=kept_types(scan, keep_obs, opened.obs_columns()))
-            cells_schema(settings.keep_obs)  # refuses a name that the store needs itself, before any work
-        with clock.stage("preflight"):
-            influence = package.encoder().gene_influence()
-            report = preflight.check(opened, scan, package, settings, influence).accept(accept)
-            report.require_fit()
-        return make_plan(opened, scan, package, settings, report.accepted), report
+) -> Query:
+    """Scan the source, and open or close the gate."""
+    with clock.stage("scan"):
+        scan, settings = scan_query(opened, package, settings, surgery, keep_obs, shard_cells)
+    with clock.stage("preflight"):
+        influence = package.encoder().gene_influence()
+        report = preflight.check(opened, scan, package, settings, influence, surgery=surgery.mode).accept(accept)
+        report.require_fit()
+    return Query(opened, package, settings, scan, report, surgery, batches_of_query(package, settings, scan, surgery))
 
 
-def _result(
-    plan: Plan,
-    report: Report,
-    clock: _Clock,
-    state: Literal["planned", "nothing to do", "committed", "failed"],
-    *,
-    cells_done: int,
-    version: int | None = None,
-    outcome: Outcome | None = None,
-) -> MapResult:
-    quarantined = tuple(outcome.quarantined) if outcome else ()
-    mapped = len(outcome.completions) if outcome else 0
-    sizes = plan.cells, cells_done, len(plan.units)
-    return MapResult(plan.run, state, version, *sizes, mapped, quarantined, report, dict(clock.seconds))
+def _planned(query: Query, store: str, clock: _Clock) -> MapResult:
+    """What a run would do; its id is not known before the samples of batches that are to be fitted are read."""
+    if query.batches is None:
+        return _Told(query.plan(None), query.report, clock).result("planned", 0)
+    shelf = shelf_in(store, query.reference)
+    batches = planned(query, shelf)
+    fleet = Fleet(
+        shelf, recalled(query.batches, shelf, query.reference, query.surgery)[0], decoder=query.surgery.decoder
+    )
+    plan = query.plan(fleet)
+    known = all(item.state == "reused" for item in batches)
+    return _Told(plan if known else replace(plan, run=""), query.report, clock, batches).result("planned", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What every result says."""
+
+    plan: Plan
+    report: Report
+    clock: _Clock
+    adapters: tuple[BatchAdapter, ...] = ()
+
+    def result(
+        self,
+        state: Literal["planned", "nothing to do", "committed", "failed"],
+        cells_done: int,
+        version: int | None = None,
+        outcome: Outcome | None = None,
+    ) -> MapResult:
+        quarantined = tuple(outcome.quarantined) if outcome else ()
+        mapped = len(outcome.completions) if outcome else 0
+        sizes = self.plan.cells, cells_done, len(self.plan.units)
+        told = self.report, dict(self.clock.seconds), self.adapters
+        return MapResult(self.plan.run, state, version, *sizes, mapped, quarantined, *told)
 
 
 @dataclass(slots=True)

@@ -29,6 +29,13 @@ Where = Annotated[
 AsOf = Annotated[int | None, Option(help="Read this version instead of the newest.")]
 BatchKey = Annotated[str | None, Option(help="obs column of the query that plays the reference's batch.")]
 SampleKey = Annotated[str | None, Option(help="obs column of the query that plays the reference's sample (mrvi).")]
+SurgeryMode = Annotated[
+    str | None,
+    Option(
+        help="What is done about new batches, samples and covariates: auto fits an adapter for each that the encoder"
+        " reads; decoder also where only decoding does; off. [default: auto]"
+    ),
+]
 Accept = Annotated[str | None, Option(help="Preflight findings to override, by name, comma-separated.")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipelines.jobs import SHARD_CELLS
+from pipelines.query import scan_query, told_surgery
 from scviaduct.mapping import preflight
 from scviaduct.references.registry import Registry
 from scviaduct.sources import open_source
@@ -23,6 +24,7 @@ def check(
     accept: Sequence[str] = (),
     batch_key: str = "",
     sample_key: str = "",
+    surgery: str = "auto",
     sample: int = preflight.SAMPLE_CELLS,
 ) -> Report:
     """Check whether a query fits a reference.
@@ -41,6 +43,8 @@ def check(
         obs column of the query that plays the reference's batch, where it has another name there.
     sample_key
         The same for the reference's sample (MRVI).
+    surgery
+        What a run would do about batches that the reference does not know, as ``map`` takes it.
     sample
         Cells whose counts are looked at, at most.
 
@@ -56,8 +60,9 @@ def check(
     """
     package = Registry().get(reference)
     settings = Settings(batch_key=batch_key, sample_key=sample_key)
+    wanted = told_surgery(surgery, None, None, (), package)
     with open_source(source) as opened:
-        scan = opened.scan(SHARD_CELLS, preflight.scan_columns(package, settings))
+        scan, settings = scan_query(opened, package, settings, wanted, shard_cells=SHARD_CELLS)
         influence = package.encoder().gene_influence()
-        report = preflight.check(opened, scan, package, settings, influence, sample=sample)
+        report = preflight.check(opened, scan, package, settings, influence, sample=sample, surgery=wanted.mode)
     return report.accept(accept)

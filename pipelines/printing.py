@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -19,19 +22,23 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from cluster.dispatch import Quarantined
     from pipelines.demo import DemoSummary
+    from pipelines.deriving import DeriveResult
     from pipelines.mapping import MapResult
     from pipelines.reporting import Status
+    from pipelines.surgery import BatchAdapter
     from scviaduct.mapping.preflight import Report
     from scviaduct.references.fetching.searching import Found
     from scviaduct.references.package import Reference, Verification
 
 _SHOWN_HITS = 20
+_SHOWN_COLUMNS = 9
 _SPACE_COLUMNS = ("space", "version", "cells", "versions", "index")
 _RUN_COLUMNS = ("run", "state", "version", "units done", "cells done", "started", "reference")
 _WHOLE = ("run", "state", "version", "units done", "cells done", "check", "name")  # columns that are never folded
 _HIT_COLUMNS = ("query", "rank", "distance", "dataset_id", "observation_id", "label", "probability")
-_HIT_DETAILS = ("query_dataset", "source", "soma_joinid", "margin", "entropy", "ambiguous", "reference")
+_HIT_DETAILS = ("query_dataset", "source", "soma_joinid", "margin", "entropy", "ambiguous", "reference", "adapter")
 _STYLES = {"ok": "green", "warn": "yellow", "stop": "red", "unknown": "yellow", "failed": "red"}
 _WIDE = 160  # columns where the output is no terminal
 
@@ -202,14 +209,13 @@ def mapping(found: MapResult, *, as_json: bool) -> None:
     if as_json:
         dump({"exit_status": found.exit_status, **asdict(found)})
         return
-    for item in found.quarantined:
-        shard = item.unit.shard
-        where = f"{shard.dataset_id} rows {shard.start:,}-{shard.stop:,}"
-        tries = f"{item.attempts} attempt{'s' * (item.attempts != 1)}"
-        typer.echo(f"Quarantined after {tries}: {where} ({shard.cells:,} cells): {item.reason}", err=True)
+    _quarantined(found.quarantined)
+    _adapted(found.adapters)
     spent = sum(found.seconds.values())
     size = f"{found.cells:,} cells in {found.units:,} unit{'s' * (found.units != 1)}"
-    if found.state == "planned":
+    if found.state == "planned" and not found.run:
+        typer.echo(f"A run would fit those adapters, then map {size}; nothing was done (--dry-run).")
+    elif found.state == "planned":
         typer.echo(f"Run {found.run} would map {size}; nothing was mapped (--dry-run).")
     elif found.state == "nothing to do":
         typer.echo(f"Run {found.run}: nothing to do, version {found.version} holds its {size}.")
@@ -220,6 +226,19 @@ def mapping(found: MapResult, *, as_json: bool) -> None:
         held = f"{found.cells_done:,} of its {size}" if found.quarantined else f"its {size}"
         done = f"{found.mapped_units:,} mapped now{left}; {spent:.1f} s"
         typer.echo(f"Run {found.run}: version {found.version} holds {held} ({done}).")
+
+
+def _adapted(found: Sequence[BatchAdapter]) -> None:
+    """What became of new batches: one line, and the reasons of those that failed."""
+    if not found:
+        return
+    counts = Counter(item.state for item in found)
+    told = ", ".join(f"{count:,} {state}" for state, count in counts.items())
+    cells = sum(item.cells for item in found)
+    typer.echo(f"Adapters for {len(found):,} new batch{'es' * (len(found) != 1)} ({cells:,} cells): {told}.")
+    for item in found:
+        if item.state == "failed":
+            typer.echo(f"No adapter for {item.batch} ({item.cells:,} cells): {item.reason}", err=True)
 
 
 def status(found: Status, *, as_json: bool) -> None:
@@ -272,3 +291,87 @@ def demo(found: DemoSummary, *, as_json: bool) -> None:
         dump(asdict(found))
         return
     _facts(found.facts(), title="scviaduct demo")
+
+
+def adapters(found: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print a store's adapters."""
+    if as_json:
+        dump(list(found))
+        return
+    if not found:
+        typer.echo("There is no adapter: no batch of a query needed one yet.")
+        return
+    columns = ("adapter", "batch", "cells", "sampled", "epochs", "gain", "used", "bytes", "fitted", "space")
+    rows = [
+        [row["adapter"][:12], *(row[name] for name in columns[1:-2]), f"{row['fitted']:%Y-%m-%d %H:%M}", row["space"]]
+        for row in found
+    ]
+    table(columns, rows)
+
+
+def adapter(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print one adapter."""
+    if as_json:
+        dump(found)
+        return
+    facts = {key: value for key, value in found.items() if key not in ("facts", "tensors")}
+    facts |= {key.replace("_", " "): value for key, value in found["facts"].items() if key != "surgery"}
+    facts |= {f"surgery: {key}": str(value) for key, value in found["facts"]["surgery"].items()}
+    for part, held in found["tensors"].items():
+        facts |= {f"{part}: {covariate}": _some(names) for covariate, names in held.items()}
+    _facts({key: str(value) if isinstance(value, dict) else value for key, value in facts.items()})
+
+
+def analyses(found: Sequence[tuple[str, str, Mapping[str, Any]]], *, as_json: bool) -> None:
+    """Print what can be derived."""
+    if as_json:
+        dump([{"what": name, "about": about, "options": dict(options)} for name, about, options in found])
+        return
+    rows = [(name, about, ", ".join(f"--{key.replace('_', '-')}" for key in options)) for name, about, options in found]
+    table(("what", "gives", "options"), rows)
+
+
+def derived(found: DeriveResult, out: str | None, *, as_json: bool) -> None:
+    """Print what a derivation came to, and write its tables."""
+    if out:
+        for name, rows in found.tables.items():
+            path = Path(out, f"{found.name}.{name}.csv")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows.to_csv(path, index=not isinstance(rows.index, pd.RangeIndex))
+    if as_json:
+        tables = {name: json.loads(rows.to_json(orient="records")) for name, rows in found.tables.items()}
+        told = {field.name: getattr(found, field.name) for field in fields(found) if field.name != "tables"}
+        quarantined = [asdict(item) for item in found.quarantined]
+        dump({"exit_status": found.exit_status, **told, "quarantined": quarantined, "tables": tables})
+        return
+    for name, rows in found.tables.items():
+        _frame(rows, f"{found.name}: {name}")
+    _quarantined(found.quarantined)
+    cells = f" of {found.cells:,} cells" if found.units else ""  # a comparison has tables alone
+    what = f"'{found.name}'{cells}"
+    if found.state == "failed":
+        typer.echo(f"{found.what}: every unit is in quarantine; nothing was committed.")
+    elif found.state == "nothing to do":
+        typer.echo(f"Nothing to do: version {found.version} has {what}.")
+    else:
+        more = [f"columns {', '.join(found.columns)}"] if found.columns else []
+        more += [f"matrices {', '.join(found.matrices)}"] if found.matrices else []
+        more += [f"{found.derived_units:,} unit{'s' * (found.derived_units != 1)} now"] if found.units else []
+        typer.echo(f"Version {found.version} has {what} ({'; '.join([*more, f'{found.seconds} s'])}).")
+
+
+def _frame(rows: pd.DataFrame, title: str) -> None:
+    named = rows if isinstance(rows.index, pd.RangeIndex) else rows.reset_index()
+    shown = named.iloc[:_SHOWN_HITS, :_SHOWN_COLUMNS]
+    table([str(name) for name in shown.columns], shown.astype(object).to_numpy().tolist(), title=title)
+    left = [(len(named) - _SHOWN_HITS, "row"), (named.shape[1] - _SHOWN_COLUMNS, "column")]
+    if told := " and ".join(f"{n:,} {what}{'s' * (n != 1)}" for n, what in left if n > 0):
+        typer.echo(f"{told} more; --out FOLDER writes them all.")
+
+
+def _quarantined(items: Sequence[Quarantined]) -> None:
+    for item in items:
+        shard = item.unit.shard
+        where = f"{shard.dataset_id} rows {shard.start:,}-{shard.stop:,}"
+        tries = f"{item.attempts} attempt{'s' * (item.attempts != 1)}"
+        typer.echo(f"Quarantined after {tries}: {where} ({shard.cells:,} cells): {item.reason}", err=True)

@@ -17,6 +17,7 @@ from cluster.connect import connect
 from cluster.dispatch import ATTEMPTS, Dispatcher, Limits, Outcome, Quarantined
 from scviaduct import __version__
 from scviaduct.errors import DataError, InputError
+from scviaduct.mapping.batches import group_columns
 from scviaduct.mapping.mapper import model_columns
 from scviaduct.mapping.reading import read_block
 from scviaduct.store import RunRecord, Stager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from cluster.connect import Resources
     from pipelines.progress import Reporter
+    from scviaduct.mapping.fleet import Fleet
     from scviaduct.references.package import Reference
     from scviaduct.store import Completion, Space, Store
     from scviaduct.values import Plan, Unit
@@ -46,10 +48,21 @@ class Run:
         Where the rows go.
     progress
         Told of every unit.
+    fleet
+        Adapters of the query's new batches.
     """
 
-    def __init__(self, plan: Plan, reference: Reference, store: Store, space: Space, progress: Reporter) -> None:
-        self._plan = plan
+    def __init__(
+        self,
+        plan: Plan,
+        reference: Reference,
+        store: Store,
+        space: Space,
+        progress: Reporter,
+        fleet: Fleet | None = None,
+    ) -> None:
+        self._fleet = fleet
+        self.plan = plan
         self._reference = reference
         self._store = store
         self._space = space
@@ -58,13 +71,14 @@ class Run:
         named = f"{reference.name}@{reference.digest[:12]}"
         self._stager = Stager(str(space.path), named, plan.run)
         kept = tuple(plan.settings.keep_obs)
-        self._columns = tuple(dict.fromkeys([*model_columns(reference, plan.settings), *kept]))
+        grouped = group_columns(reference, plan.settings, decoder=fleet.decoder) if fleet else ()
+        self._columns = tuple(dict.fromkeys([*model_columns(reference, plan.settings), *grouped, *kept]))
         self._done: dict[str, Completion] = {}
 
     def todo(self) -> list[Unit]:
         """Units without a completion record: the plan minus what is done."""
-        self._done = self._space.completions(unit.id for unit in self._plan.units)
-        return [unit for unit in self._plan.units if unit.id not in self._done]
+        self._done = self._space.completions(unit.id for unit in self.plan.units)
+        return [unit for unit in self.plan.units if unit.id not in self._done]
 
     def cells_done(self) -> int:
         """Cells of the units that are done."""
@@ -76,14 +90,14 @@ class Run:
 
     def inline(self, units: Sequence[Unit]) -> Outcome:
         """Read and map one unit after the other in this process."""
-        self._store.begin_run(self._plan, self._space.name)
+        self._store.begin_run(self.plan, self._space.name)
         outcome = Outcome()
         if not units:
             return outcome
         device = "cuda" if torch.cuda.is_available() else "cpu"
         threads = torch.get_num_threads(), faiss.omp_get_max_threads()
         try:
-            worker = MappingWorker(str(self._reference.path), self._plan.settings, self._stager, device)
+            worker = MappingWorker(str(self._reference.path), self.plan.settings, self._stager, device, self._fleet)
             self._start_progress(units)
             for unit in units:
                 self._attempt(unit, worker, outcome)
@@ -111,7 +125,7 @@ class Run:
     def _start_progress(self, units: Sequence[Unit]) -> None:
         """Begin to count once something can map, so that rate and time left are those of mapping."""
         left = sum(unit.shard.cells for unit in units)
-        self._progress.start("mapping", self._plan.cells, self._plan.cells - left)
+        self._progress.start("mapping", self.plan.cells, self.plan.cells - left)
 
     def on_ray(
         self,
@@ -130,15 +144,16 @@ class Run:
         EngineError
             If actors cannot be started.
         """
-        self._store.begin_run(self._plan, self._space.name)
+        self._store.begin_run(self.plan, self._space.name)
         if not units:
             return Outcome()
         with connect(address) as resources:
             limits, placement = place(resources, actors, readers, gpus_per_actor)
-            pool = MappingPool(str(self._reference.path), self._plan.settings, self._stager, self._columns, placement)
+            told = str(self._reference.path), self.plan.settings, self._stager, self._columns
+            pool = MappingPool(*told, placement, self._fleet)
             device = f"{placement.actor_gpus:g} GPU" if placement.actor_gpus else "CPU"
-            told = f"{_counted(limits.actors, 'mapping actor')} ({device} each), {_counted(limits.readers, 'reader')}"
-            self._progress.say(told)
+            line = f"{_counted(limits.actors, 'mapping actor')} ({device} each), {_counted(limits.readers, 'reader')}"
+            self._progress.say(line)
             dispatcher = Dispatcher(pool, limits, self._note_done, self._note_quarantine)
 
             def ready(described: Mapping[str, object]) -> None:
@@ -159,7 +174,7 @@ class Run:
     def commit(self, outcome: Outcome, seconds: Mapping[str, float]) -> int | None:
         """Make everything that is done visible; the version, or None if nothing is done."""
         record = RunRecord(
-            plan=self._plan,
+            plan=self.plan,
             attempt=secrets.token_hex(8),
             space=self._space.name,
             started=self._began,
@@ -174,8 +189,8 @@ class Run:
         if not self._done:
             self._store.record(record)
             return None
-        told = {"run": self._plan.run, "attempt": record.attempt}
-        kept = self._plan.settings.keep_obs
+        told = {"run": self.plan.run, "attempt": record.attempt}
+        kept = self.plan.settings.keep_obs
         return self._space.commit(list(self._done.values()), kept, told, lambda: self._store.record(record))
 
 

@@ -12,7 +12,8 @@ from pipelines.jobs import SHARD_CELLS
 from pipelines.progress import reporter
 from scviaduct.errors import InputError
 from scviaduct.mapping import preflight
-from scviaduct.mapping.mapper import Mapper, model_columns
+from scviaduct.mapping.batches import group_columns, query_batches
+from scviaduct.mapping.mapper import Mapper, model_columns, some
 from scviaduct.mapping.reading import read_block
 from scviaduct.references.registry import Registry
 from scviaduct.sources import open_source
@@ -133,8 +134,15 @@ def _map_queries(space: Space, cells: str, path: str | None, settings: Settings,
     mapper = Mapper(package, settings)
     datasets, ids, latent = [], [], []
     with open_source(cells) as source:
-        scan = source.scan(SHARD_CELLS, preflight.scan_columns(package, settings))
+        grouped = group_columns(package, settings)
+        scan = source.scan(SHARD_CELLS, preflight.scan_columns(package, settings), grouped)
         preflight.check(source, scan, package, settings, mapper.gene_influence()).accept(accept).require_fit()
+        if new := query_batches(package, settings, scan).cells:
+            raise InputError(
+                f"{sum(new.values()):,} of the cells are of batches that the reference does not know"
+                f" ({some([batch.name for batch in new])}), and need adapters to be encoded.",
+                "Map them into the store, which fits these, and search with the stored cells: --from CONDITION.",
+            )
     for shard in scan.shards:
         block = read_block(shard, package, model_columns(package, settings))
         mapped = mapper.map(block)

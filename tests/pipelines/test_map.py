@@ -201,9 +201,10 @@ def _ids(reference):
     return [name.partition(":")[2] for name in names]
 
 
-def test_new_batches_are_refused_and_told_why(conditional, five_prime, tmp_path):
-    with pytest.raises(NotFitError, match=r"(?s)batch: .*5p.*surgery"):
-        sv.map(five_prime, reference="conditional", store=str(tmp_path / "s"), engine="inline", quiet=True)
+def test_new_batches_are_refused_without_surgery_and_told_why(conditional, five_prime, tmp_path):
+    told = {"reference": "conditional", "store": str(tmp_path / "s"), "engine": "inline", "quiet": True}
+    with pytest.raises(NotFitError, match=r"(?s)batch: .*5p.*--surgery auto"):
+        sv.map(five_prime, surgery="off", **told)
     assert not (tmp_path / "s").exists()
 
 
@@ -237,17 +238,23 @@ def test_the_pancreas_model_maps_cells_of_a_technology_that_it_knows(shared_data
     added = sv.reference.add(shared_data / "models" / "pancreas_scvi_0.16.1_resaved", name="pancreas")
     assert any("null label" in note for note in added.notes)
     query = anndata.read_h5ad(shared_data / "pancreas_2study_cepo.h5ad")
-    query.obs["study"] = query.obs["assay"].map({"inDrop": "Pancreas inDrop"}).astype(str)
+    query.obs["study"] = query.obs["assay"].map({"inDrop": "Pancreas inDrop"}).astype(object).fillna("Smart-seq2")
     query.write_h5ad(tmp_path / "query.h5ad")
     options = {"reference": "pancreas", "keep_obs": ["cell_type"], "engine": "inline", "quiet": True}
-    with pytest.raises(NotFitError, match=r"(?s)genes: 114 of 1,000 .*batch: .*\(nan\).*surgery"):
-        sv.map(str(tmp_path / "query.h5ad"), store=str(tmp_path / "s"), **options)
+    with pytest.raises(NotFitError, match=r"(?s)genes: 114 of 1,000 .*batch: .*\(Smart-seq2\).*surgery"):
+        sv.map(str(tmp_path / "query.h5ad"), store=str(tmp_path / "s"), surgery="off", **options)
     known = f"{tmp_path / 'query.h5ad'}?filter=assay == 'inDrop'"
     sv.map(known, store=str(tmp_path / "s"), accept=["genes"], **options)
     assert sv.status(tmp_path / "s").runs[0]["accepted"] == ["genes"]
     table = rows(tmp_path / "s")
     assert len(table) == int((query.obs["assay"] == "inDrop").sum())
     assert table["label"].null_count == len(table)
+    # The other technology is new to it: surgery fits an adapter on a model that scvi-tools saved four years ago.
+    told = options | {"surgery_cells": 100, "surgery_epochs": 2}
+    (adapter,) = sv.map(str(tmp_path / "query.h5ad"), store=str(tmp_path / "both"), accept=["genes"], **told).adapters
+    assert (adapter.batch, adapter.state) == ("batch=Smart-seq2", "fitted")
+    both = rows(tmp_path / "both", where="adapter IS NULL", columns=["dataset_id", "observation_id", "latent"])
+    assert both["latent"].to_pylist() == table["latent"].to_pylist()
     # Beta and ductal cells fall apart in a latent that never saw this study.
     hits = sv.search(tmp_path / "s", stored="cell_type = 'ductal'", k=10, quiet=True)
     assert np.mean([kind == "ductal" for kind in hits["cell_type"].to_pylist()]) > 0.9

@@ -1,0 +1,136 @@
+"""A query that passed the gate: its shards, what the checks found, and which of its batches need adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast, get_args
+
+from scviaduct.errors import InputError
+from scviaduct.families import family
+from scviaduct.mapping import preflight
+from scviaduct.mapping.batches import group_columns, query_batches, read_covariates
+from scviaduct.mapping.fitting import Training
+from scviaduct.mapping.planning import kept_types, make_plan
+from scviaduct.mapping.surgery import CELLS, Mode, Surgery, trained_kl_weight
+from scviaduct.store.schema import cells_schema
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from scviaduct.mapping.batches import QueryBatches
+    from scviaduct.mapping.fleet import Fleet
+    from scviaduct.mapping.preflight import Report
+    from scviaduct.references.package import Reference
+    from scviaduct.sources import Source
+    from scviaduct.values import Plan, Scan, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Cells that fit a reference.
+
+    Attributes
+    ----------
+    source
+        Open.
+    reference, settings
+        What maps them, and how.
+    scan
+        Of the source.
+    report
+        Of the preflight.
+    surgery
+        How new batches are fitted.
+    batches
+        The query's new batches; None where none needs an adapter.
+    """
+
+    source: Source
+    reference: Reference
+    settings: Settings
+    scan: Scan
+    report: Report
+    surgery: Surgery
+    batches: QueryBatches | None
+
+    def plan(self, fleet: Fleet | None) -> Plan:
+        """The units, addressed by what maps them."""
+        adapted = (self.batches, fleet) if self.batches and fleet else None
+        return make_plan(self.source, self.scan, self.reference, self.settings, self.report.accepted, adapted)
+
+
+def scan_query(
+    source: Source,
+    reference: Reference,
+    settings: Settings,
+    surgery: Surgery,
+    keep_obs: Sequence[str] = (),
+    shard_cells: int = 0,
+) -> tuple[Scan, Settings]:
+    """Scan a source for what the checks, the surgery and the store need; settings get the types of kept columns.
+
+    Raises
+    ------
+    InputError
+        If a kept column is not there, or has a name that the store needs itself.
+    """
+    there = source.obs_columns()
+    grouped = group_columns(reference, settings, decoder=surgery.decoder) if surgery.mode != "off" else ()
+    columns = dict.fromkeys([*preflight.scan_columns(reference, settings), *keep_obs])
+    scan = source.scan(shard_cells, list(columns), grouped)
+    settings = replace(settings, keep_obs=kept_types(scan, keep_obs, there))
+    cells_schema(settings.keep_obs)
+    return scan, settings
+
+
+def batches_of_query(reference: Reference, settings: Settings, scan: Scan, surgery: Surgery) -> QueryBatches | None:
+    """The query's new batches; None where none needs an adapter.
+
+    Parameters
+    ----------
+    reference, settings, surgery
+        What maps, and how.
+    scan
+        Of a query that passed the checks.
+    """
+    if surgery.mode == "off" or not read_covariates(reference, settings, decoder=surgery.decoder):
+        return None
+    found = query_batches(reference, settings, scan, decoder=surgery.decoder)
+    return found if found.cells else None
+
+
+def told_surgery(
+    mode: str, cells: int | None, epochs: int | None, background: Sequence[str], reference: Reference
+) -> Surgery:
+    """What was told of surgery.
+
+    Parameters
+    ----------
+    mode, cells, epochs, background
+        As ``map`` takes them.
+    reference
+        The package.
+
+    Raises
+    ------
+    InputError
+        If a value cannot be, naming it.
+    """
+    if mode not in get_args(Mode):
+        raise InputError(f"--surgery '{mode}' is not a way of surgery.", "There are: auto, decoder, off.")
+    for option, value in (("cells", cells), ("epochs", epochs)):
+        if value is not None and value < 1:
+            raise InputError(f"--surgery-{option} {value} fits nothing.", "Give at least 1, or --surgery off.")
+    name = reference.family
+    if background and not family(name).needs.background:
+        raise InputError(
+            f"--background {' '.join(background)}: a {name} tells no background from targets.", "Leave the option out."
+        )
+    for pair in background:
+        column, equals, text = pair.partition("=")
+        if not (column and equals and text):
+            raise InputError(f"--background {pair}: it is not a column and a value.", "E.g. --background guide=NT.")
+    training = replace(Training(), kl_weight=trained_kl_weight(reference))
+    if epochs is not None:
+        training = replace(training, epochs=epochs)
+    return Surgery(cast("Mode", mode), CELLS if cells is None else cells, training, tuple(background))
