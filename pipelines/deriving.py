@@ -233,10 +233,12 @@ class _Run:
 
     def output(self, one: Output, derivation: Derivation, progress: Reporter) -> DeriveResult:
         """Derive the units that are missing, put their sums together, and commit."""
-        told = derivation.prepare(one, self._facts, self._options)
         units = {unit.id: unit.shard.cells for unit in self._source.units}
         # What all units' values depend on; an adapter that its own cells alone depend on is part of their unit's id.
         shared = sorted(self._source.fleet.addresses.values()) if self._source.fleet and self._facts.sample_key else []
+        if self._is_there(one, units, shared):
+            return self._result("nothing to do", self._space.head(), 0, None)
+        told = derivation.prepare(one, self._facts, self._options)
         folder = self._space.create_derived(
             one.name,
             one.shape(self._facts, self._options),
@@ -247,13 +249,11 @@ class _Run:
             basis=_digest_of(told),
         )
         before = folder.completions(units)
-        there = self._space.snapshot().derived.get(self._name)
-        if there and there.id == folder.made.id and set(units) == set(before) and self._covers(units):
-            return self._result("nothing to do", self._space.head(), 0, None)
         slots = folder.assign(units)
         todo = [unit for unit in self._source.units if unit.id not in before]
         quarantined = derivation.units(todo, folder.stager(), slots, told, one.obs(self._facts, self._options))
-        done = [unit for unit in units if unit in folder.completions(units)]
+        completed = folder.completions(units)
+        done = [unit for unit in units if unit in completed]
         if not done:
             return self._result("failed", None, 0, None, tuple(quarantined))
         progress.say(f"putting {len(done):,} unit{'s' * (len(done) != 1)} together")
@@ -275,10 +275,13 @@ class _Run:
                 stager.settle(unit, key, columns)
         return key
 
-    def _covers(self, units: Mapping[str, int]) -> bool:
-        """Whether the version's state of the set has all units, and was put together from them."""
-        state = self._space.derived_state(self._name)
-        return set(state.units) == set(units)
+    def _is_there(self, one: Output, units: Mapping[str, int], adapters: Sequence[str]) -> bool:
+        """Whether the version has the very set, put together from these units: their cells decide everything else."""
+        if self._name not in self._space.snapshot().derived:
+            return False
+        made, state = self._space.derived_set(self._name), self._space.derived_state(self._name)
+        same = (made.what, made.options, list(made.adapters)) == (one.name, self._told, list(adapters))
+        return same and made.reference == self._space.digest and set(state.units) == set(units)
 
     @property
     def _told(self) -> dict[str, Any]:

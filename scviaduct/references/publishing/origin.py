@@ -31,6 +31,8 @@ def origin_of(provenance: Mapping[str, Any]) -> str:
     """
     source = safe(str(provenance.get("source") or provenance.get("uri") or ""), lines=False)
     if provenance.get("kind") == "hub" and provenance.get("repository"):
+        if provenance.get("private"):
+            return "a model on the hub that is not public"
         commit = str(provenance.get("commit", ""))
         return safe(f"the model hf://{provenance['repository']}{'@' + commit if commit else ''}", lines=False)
     if source.startswith("census:") and "uri=" not in source:

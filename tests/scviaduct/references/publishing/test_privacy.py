@@ -229,6 +229,16 @@ def test_a_path_among_the_models_attributes_is_refused(train_and_save, cells, tm
         ({"source": "census:2025-11-08?organism=homo_sapiens"}, "`census:2025-11-08?organism=homo_sapiens`"),
         ({"source": "census:2025-11-08?uri=file:///mnt/census"}, "files that are not public"),
         ({"kind": "hub", "repository": "lab/x", "commit": "0" * 40, "uri": "hf://lab/x"}, "hf://lab/x@" + "0" * 40),
+        (
+            {
+                "kind": "hub",
+                "repository": "clinic/smith",
+                "commit": "0" * 40,
+                "private": True,
+                "uri": "hf://clinic/smith",
+            },
+            "a model on the hub that is not public",
+        ),
         ({"folder": "/home/anna/model"}, "files that are not public"),
         ({}, "not recorded"),
     ],
