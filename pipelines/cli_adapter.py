@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from pipelines import printing
+from pipelines import printing_derived as printing
 from pipelines.options import Json, SpaceOf, StorePath
 
 app = typer.Typer(

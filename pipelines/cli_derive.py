@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from pipelines import printing
+from pipelines import printing_derived as printing
 from pipelines.options import Json, Quiet, SpaceOf, StorePath, listed
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cluster.connect import require_answer
 from pipelines.derivation import Derivation, Where, sources_of
+from pipelines.derived import DeriveResult
 from pipelines.progress import reporter
 from pipelines.selecting import choose
 from scviaduct.analysis import Comparison, Output, analyses, analysis
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy.typing as npt
-    import pandas as pd
 
     from cluster.dispatch import Quarantined
     from pipelines.derivation import Source
@@ -33,53 +33,6 @@ if TYPE_CHECKING:
     from scviaduct.analysis import Analysis, Finished
     from scviaduct.families import Facts
     from scviaduct.store import Space
-
-
-@dataclass(frozen=True, slots=True)
-class DeriveResult:
-    """What a ``derive`` run came to.
-
-    Attributes
-    ----------
-    name
-        Of the derived set.
-    what
-        The analysis.
-    state
-        ``committed``, ``nothing to do``, or ``failed`` if every unit is in quarantine.
-    version
-        Version of the space that names the set; None if there is none.
-    units, cells
-        That the set covers now.
-    derived_units
-        Units derived by this call.
-    columns, matrices
-        Columns as the store has them, and names of the matrices.
-    tables
-        Name to table.
-    quarantined
-        Units that could not be derived, with their reasons.
-    seconds
-        Of the whole call.
-    """
-
-    name: str
-    what: str
-    state: Literal["committed", "nothing to do", "failed"]
-    version: int | None
-    units: int
-    cells: int
-    derived_units: int
-    columns: tuple[str, ...]
-    matrices: tuple[str, ...]
-    tables: Mapping[str, pd.DataFrame]
-    quarantined: tuple[Quarantined, ...]
-    seconds: float
-
-    @property
-    def exit_status(self) -> int:
-        """0, or 4 if units are in quarantine."""
-        return 4 if self.quarantined else 0
 
 
 def derive(

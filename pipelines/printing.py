@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
     from cluster.dispatch import Quarantined
     from pipelines.demo import DemoSummary
-    from pipelines.deriving import DeriveResult
     from pipelines.mapping import MapResult
     from pipelines.reporting import Status
     from pipelines.surgery import BatchAdapter
@@ -32,8 +29,7 @@ if TYPE_CHECKING:
     from scviaduct.references.fetching.searching import Found
     from scviaduct.references.package import Reference, Verification
 
-_SHOWN_HITS = 20
-_SHOWN_COLUMNS = 9
+SHOWN_ROWS = 20
 _SPACE_COLUMNS = ("space", "version", "cells", "versions", "index")
 _RUN_COLUMNS = ("run", "state", "version", "units done", "cells done", "started", "reference")
 _WHOLE = ("run", "state", "version", "units done", "cells done", "check", "name")  # columns that are never folded
@@ -77,7 +73,7 @@ def _mark(word: str) -> Text:
 
 def _cell(value: object) -> str:
     if isinstance(value, list):
-        return _some(value)
+        return some(value)
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -87,7 +83,8 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _facts(facts: Mapping[str, object], title: str | None = None) -> None:
+def facts_table(facts: Mapping[str, object], title: str | None = None) -> None:
+    """Print names and values, one below the other."""
     title_text = None if title is None else _text(title)
     made = Table(title=title_text, title_justify="left", show_header=False, box=None, pad_edge=False)
     made.add_column(no_wrap=True)
@@ -97,7 +94,7 @@ def _facts(facts: Mapping[str, object], title: str | None = None) -> None:
     _console().print(made)
 
 
-def reference_facts(found: Reference) -> dict[str, Any]:
+def referencefacts_table(found: Reference) -> dict[str, Any]:
     """What is worth saying of a reference."""
     return {
         "name": found.name,
@@ -128,7 +125,7 @@ def reference_facts(found: Reference) -> dict[str, Any]:
 
 def reference(found: Reference, *, as_json: bool) -> None:
     """Print one reference."""
-    facts = reference_facts(found)
+    facts = referencefacts_table(found)
     if as_json:
         dump(facts)
         return
@@ -140,11 +137,12 @@ def reference(found: Reference, *, as_json: bool) -> None:
         if name != "files":  # sizes and checksums of what was fetched, for --json
             told = {key: part for key, part in value.items() if part} if isinstance(value, dict) else value
             facts[f"from: {name}"] = told  # a stranger's keys stand for no fact
-    shown = {key: _some(value) if isinstance(value, list | dict) else value for key, value in facts.items()}
-    _facts({key: value for key, value in shown.items() if value not in ("", None)})
+    shown = {key: some(value) if isinstance(value, list | dict) else value for key, value in facts.items()}
+    facts_table({key: value for key, value in shown.items() if value not in ("", None)})
 
 
-def _some(values: list[Any] | dict[str, Any], limit: int = 12) -> str:
+def some(values: list[Any] | dict[str, Any], limit: int = 12) -> str:
+    """The first values in one line, and how many more there are."""
     texts = [f"{key} {value}" for key, value in values.items()] if isinstance(values, dict) else list(map(str, values))
     rest = len(texts) - limit
     return ", ".join(texts[:limit]) + (f" and {rest} more" if rest > 0 else "")
@@ -153,7 +151,7 @@ def _some(values: list[Any] | dict[str, Any], limit: int = 12) -> str:
 def references(found: Sequence[Reference], *, as_json: bool) -> None:
     """Print the registered references."""
     if as_json:
-        dump([reference_facts(item) for item in found])
+        dump([referencefacts_table(item) for item in found])
         return
     if not found:
         typer.echo("No reference is registered. Add one: scviaduct reference add DIR --name NAME")
@@ -209,7 +207,7 @@ def mapping(found: MapResult, *, as_json: bool) -> None:
     if as_json:
         dump({"exit_status": found.exit_status, **asdict(found)})
         return
-    _quarantined(found.quarantined)
+    quarantined(found.quarantined)
     _adapted(found.adapters)
     spent = sum(found.seconds.values())
     size = f"{found.cells:,} cells in {found.units:,} unit{'s' * (found.units != 1)}"
@@ -256,7 +254,7 @@ def status(found: Status, *, as_json: bool) -> None:
             where = f"{item['dataset_id']} rows {item['start']:,}-{item['stop']:,}"
             typer.echo(f"Quarantined in {run['run']}: {where}: {item['reason']}")
     if found.details:
-        _facts(found.details, title=f"run {found.runs[0]['run']}")
+        facts_table(found.details, title=f"run {found.runs[0]['run']}")
 
 
 def _run_row(run: Mapping[str, Any]) -> list[object]:
@@ -279,10 +277,10 @@ def hits(found: pa.Table, out: str | None, *, as_json: bool) -> None:
         typer.echo(f"Wrote {found.num_rows:,} hits to {out}.")
     else:
         kept = [name for name in found.column_names if name not in (*_HIT_COLUMNS, *_HIT_DETAILS)]
-        shown = found.slice(0, _SHOWN_HITS).select([*_HIT_COLUMNS, *kept])
+        shown = found.slice(0, SHOWN_ROWS).select([*_HIT_COLUMNS, *kept])
         table(shown.column_names, [list(row.values()) for row in shown.to_pylist()])
-        if found.num_rows > _SHOWN_HITS:
-            typer.echo(f"{found.num_rows - _SHOWN_HITS:,} more; --out hits.parquet writes them all.")
+        if found.num_rows > SHOWN_ROWS:
+            typer.echo(f"{found.num_rows - SHOWN_ROWS:,} more; --out hits.parquet writes them all.")
 
 
 def demo(found: DemoSummary, *, as_json: bool) -> None:
@@ -290,86 +288,11 @@ def demo(found: DemoSummary, *, as_json: bool) -> None:
     if as_json:
         dump(asdict(found))
         return
-    _facts(found.facts(), title="scviaduct demo")
+    facts_table(found.facts(), title="scviaduct demo")
 
 
-def adapters(found: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print a store's adapters."""
-    if as_json:
-        dump(list(found))
-        return
-    if not found:
-        typer.echo("There is no adapter: no batch of a query needed one yet.")
-        return
-    columns = ("adapter", "batch", "cells", "sampled", "epochs", "gain", "used", "bytes", "fitted", "space")
-    rows = [
-        [row["adapter"][:12], *(row[name] for name in columns[1:-2]), f"{row['fitted']:%Y-%m-%d %H:%M}", row["space"]]
-        for row in found
-    ]
-    table(columns, rows)
-
-
-def adapter(found: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print one adapter."""
-    if as_json:
-        dump(found)
-        return
-    facts = {key: value for key, value in found.items() if key not in ("facts", "tensors")}
-    facts |= {key.replace("_", " "): value for key, value in found["facts"].items() if key != "surgery"}
-    facts |= {f"surgery: {key}": str(value) for key, value in found["facts"]["surgery"].items()}
-    for part, held in found["tensors"].items():
-        facts |= {f"{part}: {covariate}": _some(names) for covariate, names in held.items()}
-    _facts({key: str(value) if isinstance(value, dict) else value for key, value in facts.items()})
-
-
-def analyses(found: Sequence[tuple[str, str, Mapping[str, Any]]], *, as_json: bool) -> None:
-    """Print what can be derived."""
-    if as_json:
-        dump([{"what": name, "about": about, "options": dict(options)} for name, about, options in found])
-        return
-    rows = [(name, about, ", ".join(f"--{key.replace('_', '-')}" for key in options)) for name, about, options in found]
-    table(("what", "gives", "options"), rows)
-
-
-def derived(found: DeriveResult, out: str | None, *, as_json: bool) -> None:
-    """Print what a derivation came to, and write its tables."""
-    if out:
-        for name, rows in found.tables.items():
-            path = Path(out, f"{found.name}.{name}.csv")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows.to_csv(path, index=not isinstance(rows.index, pd.RangeIndex))
-    if as_json:
-        tables = {name: json.loads(rows.to_json(orient="records")) for name, rows in found.tables.items()}
-        told = {field.name: getattr(found, field.name) for field in fields(found) if field.name != "tables"}
-        quarantined = [asdict(item) for item in found.quarantined]
-        dump({"exit_status": found.exit_status, **told, "quarantined": quarantined, "tables": tables})
-        return
-    for name, rows in found.tables.items():
-        _frame(rows, f"{found.name}: {name}")
-    _quarantined(found.quarantined)
-    cells = f" of {found.cells:,} cells" if found.units else ""  # a comparison has tables alone
-    what = f"'{found.name}'{cells}"
-    if found.state == "failed":
-        typer.echo(f"{found.what}: every unit is in quarantine; nothing was committed.")
-    elif found.state == "nothing to do":
-        typer.echo(f"Nothing to do: version {found.version} has {what}.")
-    else:
-        more = [f"columns {', '.join(found.columns)}"] if found.columns else []
-        more += [f"matrices {', '.join(found.matrices)}"] if found.matrices else []
-        more += [f"{found.derived_units:,} unit{'s' * (found.derived_units != 1)} now"] if found.units else []
-        typer.echo(f"Version {found.version} has {what} ({'; '.join([*more, f'{found.seconds} s'])}).")
-
-
-def _frame(rows: pd.DataFrame, title: str) -> None:
-    named = rows if isinstance(rows.index, pd.RangeIndex) else rows.reset_index()
-    shown = named.iloc[:_SHOWN_HITS, :_SHOWN_COLUMNS]
-    table([str(name) for name in shown.columns], shown.astype(object).to_numpy().tolist(), title=title)
-    left = [(len(named) - _SHOWN_HITS, "row"), (named.shape[1] - _SHOWN_COLUMNS, "column")]
-    if told := " and ".join(f"{n:,} {what}{'s' * (n != 1)}" for n, what in left if n > 0):
-        typer.echo(f"{told} more; --out FOLDER writes them all.")
-
-
-def _quarantined(items: Sequence[Quarantined]) -> None:
+def quarantined(items: Sequence[Quarantined]) -> None:
+    """Print what could not be done, and why, as an error."""
     for item in items:
         shard = item.unit.shard
         where = f"{shard.dataset_id} rows {shard.start:,}-{shard.stop:,}"
