@@ -271,7 +271,7 @@ def _log_ratio(density: Matrix, own: LongArray, samples: LongArray, raised: npt.
     sides = []
     for chosen in (others & raised, others & ~raised):
         count = chosen.sum(axis=1)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             found = logsumexp(np.where(chosen, density, -np.inf), axis=1) - np.log(count)
         sides.append(np.where(count > 0, found, np.nan))
     ratio: Matrix = sides[0] - sides[1]
