@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,10 +16,11 @@ from pipelines.progress import reporter
 from pipelines.selecting import choose
 from scviaduct.analysis import Comparison, Output, analyses, analysis
 from scviaduct.analysis.base import Shape
-from scviaduct.errors import InputError
-from scviaduct.mapping.decoding import decoded_facts
+from scviaduct.errors import InputError, ScviaductError
+from scviaduct.mapping.decoding import decoded_facts, source_column
 from scviaduct.references.package import Reference
 from scviaduct.references.registry import Registry
+from scviaduct.sources import open_shard
 from scviaduct.store import Store, settled_key
 from scviaduct.values import digest
 
@@ -93,6 +95,7 @@ def derive(
     source = sources_of(opened, space, found)
     facts = decoded_facts(found, source.fleet.addresses if source.fleet else {})
     one.check(facts, told)
+    require_columns(source, found, one.obs(facts, told))
     run = _Run(space, found, source, one, told, facts, name or what, began)
     # Before Ray is started: a wrong condition is answered at once.
     rows = choose(space, told.select, told.against, told.cells) if isinstance(one, Comparison) else {}
@@ -147,6 +150,34 @@ def told_options(one: Analysis, options: Mapping[str, Any]) -> Any:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in known)
             raise InputError(f"'{one.name}' takes no --{key.replace('_', '-')}.", f"It takes: {flags or 'no options'}.")
     return one.options(**told)
+
+
+def require_columns(source: Source, reference: Reference, names: Sequence[str]) -> None:
+    """Refuse an obs column that a source lacks, before any of it is read.
+
+    Parameters
+    ----------
+    source
+        Where the cells come from.
+    reference
+        The package.
+    names
+        Columns that an analysis reads.
+
+    Raises
+    ------
+    InputError
+        Naming the column and the source.
+    """
+    wanted = {source_column(reference, source.settings, name) for name in names}
+    for shard in {unit.shard.uri: unit.shard for unit in source.units}.values():
+        try:
+            there = open_shard(shard).obs_columns()
+        except ScviaductError:  # a source that is gone: its units say so, and the others are derived
+            continue
+        for name in sorted(wanted.difference(there)):
+            close = ", ".join(get_close_matches(name, there, n=3) or there[:8])
+            raise InputError(f"{shard.source} has no obs column '{name}'.", f"There are: {close}.")
 
 
 class _Run:
