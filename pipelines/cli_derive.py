@@ -46,7 +46,7 @@ def derive(
     batch_correction: Annotated[
         bool | None, Option("--batch-correction", help="Compare cells as if of the same batches.")
     ] = None,
-    seed: Annotated[int | None, Option(help="Seed of permutations.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of permutations (perturbation-score).")] = None,
     reference: SpaceOf = None,
     package: Annotated[str | None, Option(help="Path of the space's package, where it is not registered.")] = None,
     engine: Annotated[str, Option(help="ray, or inline: in this process.")] = "ray",

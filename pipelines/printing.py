@@ -50,7 +50,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
     made = Table(title=None if title is None else _text(title), title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
-        whole = numeric or name in _WHOLE
+        whole = numeric or name in _WHOLE or (i == 0 and len(columns) > 2)  # what a row is of is never squeezed out
         made.add_column(_text(name), justify="right" if numeric else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         # Text, not markup: what is printed is data, and a label may hold brackets.

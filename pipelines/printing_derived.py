@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pipelines.derived import DeriveResult
 
-_SHOWN_COLUMNS = 9
+_SHOWN_COLUMNS = 8
 
 
 def adapters(found: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:

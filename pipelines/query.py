@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, cast, get_args
 
 from scviaduct.errors import InputError
@@ -72,15 +73,32 @@ def scan_query(
     Raises
     ------
     InputError
-        If a kept column is not there, or has a name that the store needs itself.
+        If a kept column is not there or has a name that the store needs itself, or no cell is a named control.
     """
     there = source.obs_columns()
     grouped = group_columns(reference, settings, decoder=surgery.decoder) if surgery.mode != "off" else ()
-    columns = dict.fromkeys([*preflight.scan_columns(reference, settings), *keep_obs])
+    controls = [pair.partition("=")[0] for pair in surgery.background]
+    columns = dict.fromkeys([*preflight.scan_columns(reference, settings), *keep_obs, *controls])
     scan = source.scan(shard_cells, list(columns), grouped)
+    _require_background(scan, surgery)
     settings = replace(settings, keep_obs=kept_types(scan, keep_obs, there))
     cells_schema(settings.keep_obs)
     return scan, settings
+
+
+def _require_background(scan: Scan, surgery: Surgery) -> None:
+    """Refuse controls that no cell is one of: every cell would be taken for a target, in silence."""
+    for pair in surgery.background:
+        column, _, value = pair.partition("=")
+        if column in scan.missing:
+            raise InputError(
+                f"--background {pair}: {scan.missing[column]} has no obs column '{column}'.",
+                "E.g. --background guide=NT.",
+            )
+        known = scan.columns[column]
+        if value not in known.counts and not known.truncated:
+            close = ", ".join(get_close_matches(value, known.counts, n=3) or list(known.counts)[:8])
+            raise InputError(f"--background {pair}: no cell has '{value}' in '{column}'.", f"There are: {close}.")
 
 
 def batches_of_query(reference: Reference, settings: Settings, scan: Scan, surgery: Surgery) -> QueryBatches | None:

@@ -142,7 +142,8 @@ class Fitting:
         return min(self._cells[batch], self._surgery.cells)
 
     def _done(self, job: Job, operated: Operated) -> None:
-        self._fitted |= operated.addresses
+        for batch, where in operated.addresses.items():
+            (self._reused if batch in operated.found else self._fitted)[batch] = where
         for batch, reason in operated.failures.items():
             self._fail(batch, reason)
         self._progress.advance(sum(self._sampled(batch) for batch, _ in job.batches))

@@ -14,6 +14,7 @@ from pipelines.derivation import sources_of
 from pipelines.deriving import derive
 from scviaduct.analysis import Output, analyses, analysis
 from scviaduct.analysis.expression import ExpressionOptions
+from scviaduct.errors import InputError
 from scviaduct.families.vae import quiet
 from scviaduct.mapping.adapters import batch_of
 from scviaduct.mapping.decoding import AVERAGE, Decoder, Wanted, decoded_facts
@@ -261,3 +262,15 @@ def test_the_decoder_of_a_reference_that_encodes_no_batch_is_fitted_when_asked(t
         assert (np.abs(np.log2(other[held] / one[held])).max(axis=1) > 1e-3).all()
         new += held.sum()
     assert new == fitted.result.adapters[0].cells
+
+
+def test_controls_that_no_cell_is_one_of_are_refused(tiny, tmp_path):
+    screen = tiny("ContrastiveVI")
+    told = {"reference": str(screen.reference.path), "store": str(tmp_path / "s"), "engine": "inline", "quiet": True}
+    with pytest.raises(InputError, match=r"--background sex=x: no cell has 'x' in 'sex'.*There are: .*f"):
+        sv.map(str(screen.query), background=["sex=x"], **told)
+    with pytest.raises(InputError, match=r"--background sexes=f: .* has no obs column 'sexes'"):
+        sv.map(str(screen.query), background=["sexes=f"], **told)
+    assert not (tmp_path / "s").exists()
+    result = sv.map(str(screen.query), background=["sex=f"], surgery_epochs=1, **told)
+    assert [item.state for item in result.adapters] == ["fitted"]

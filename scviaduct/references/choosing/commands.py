@@ -143,14 +143,14 @@ def _of_new_batches(profile: Profile, family: str) -> str:
     """Whether what is trained maps cells of batches that it was not trained on."""
     if family not in BLIND:
         one, more = ("sample", "samples") if family == "MRVI" else ("batch", "batches")
-        return f"{family}'s encoder reads the {one}: cells of {more} that it was not trained on cannot be mapped."
+        return f"{family}'s encoder reads the {one}: for cells of new {more} map fits adapters, by scArches surgery."
     if family not in TOLD:
         return f"The encoder does not read the batch ({_NOT_READ}), so that cells of new batches map without surgery."
     if profile.aim == "map":
         return f"--set {_NOT_READ}, because --aim map: cells of new batches map without surgery."
     return (
-        f"{family}'s encoder reads the batch unless it is told not to: if cells of new batches will be mapped later, "
-        f"add --set {_NOT_READ}."
+        f"{family}'s encoder reads the batch unless it is told not to: cells of new batches that are mapped later need"
+        f" surgery, or none with --set {_NOT_READ}."
     )
 
 
