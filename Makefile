@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint format docs bench-memory clean
+.PHONY: setup demo test lint format docs bench-memory bench-surgery clean
 
 setup: $(READY)
 
@@ -38,6 +38,10 @@ docs: setup
 # Peak memory of a run over 50k and over 400k cells, the whole process tree counted.
 bench-memory: setup
 	$(BIN)/python -m benchmarks.memory
+
+# CPU-seconds and label accuracy of surgery by adapters, against one surgery of scvi-tools for each query batch.
+bench-surgery: setup
+	$(BIN)/python -m benchmarks.surgery
 
 clean:
 	rm -rf .venv site
