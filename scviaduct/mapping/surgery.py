@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["auto", "off", "decoder"]
 CELLS = 512
-"""Cells of a batch that an adapter is fitted on: more brought nothing on simulated cells of 1,500 counts, while cells of
-few counts need more (docs/surgery.md)."""
+"""Cells of a batch that an adapter is fitted on. More brought nothing on simulated cells of 1,500 counts; cells of few
+counts need more (docs/surgery.md)."""
 _SUPPOSED_EPOCHS = 100
 _TOGETHER = 8
 """Batches of one task: they share what is read and the model, and at most so many are lost with a node."""
