@@ -205,10 +205,10 @@ def study(
     raise TypeError(f"{deriving.what} looks at no sample")
 
 
-study_task = ray.remote(max_retries=3)(study)
+study_task = ray.remote(max_retries=0)(study)
 read_task = ray.remote(num_returns=2, max_retries=0)(read_decodable)
 """Retries are the dispatcher's."""
-pick_task = ray.remote(max_retries=3)(pick_cells)
+pick_task = ray.remote(max_retries=0)(pick_cells)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,5 +57,5 @@ def fit_batches(job: Job, reference: str, settings: Settings, surgery: Surgery, 
     return _SURGEONS[key].run(job, done)
 
 
-fit_task = ray.remote(max_retries=3)(fit_batches)
-"""A task that is lost with its node is tried again: an adapter is put on the shelf whole, and not fitted twice."""
+fit_task = ray.remote(max_retries=0)(fit_batches)
+"""Retries are the driver's: an adapter is put on the shelf whole, and not fitted twice."""

@@ -18,10 +18,12 @@ def run_tasks[Item](
     at_once: int,
     on_done: Callable[[Item, Any], None],
     on_failed: Callable[[Item, Exception], None],
+    attempts: int = 3,
 ) -> None:
     """Run a task for each item.
 
-    Whatever ends the call, an interrupt included, ends the tasks too.
+    Whatever ends the call, an interrupt included, ends the tasks too. A task that is lost with its process or node is
+    tried again here, as the dispatcher does with units.
 
     Parameters
     ----------
@@ -34,22 +36,28 @@ def run_tasks[Item](
     on_done
         Told of each result as it comes.
     on_failed
-        Told of each error that a task ended with, after Ray's retries: the one that was raised, or Ray's own.
+        Told of each error that a task ended with: the one that it raised, or Ray's own after the last attempt.
+    attempts
+        Tries of a task that is lost; one that raises is not tried again.
     """
-    pending, running = deque(items), dict[ray.ObjectRef[Any], Item]()
+    pending = deque((item, 1) for item in items)
+    running = dict[ray.ObjectRef[Any], tuple[Item, int]]()
     try:
         while pending or running:
             while pending and len(running) < at_once:
-                item = pending.popleft()
-                running[start(item)] = item
+                item, attempt = pending.popleft()
+                running[start(item)] = (item, attempt)
             ended, _ = ray.wait(list(running), num_returns=1)
-            item = running.pop(ended[0])
+            item, attempt = running.pop(ended[0])
             try:
                 result = ray.get(ended[0])
             except RayTaskError as error:
                 on_failed(item, error.cause if isinstance(error.cause, Exception) else error)
             except RayError as error:
-                on_failed(item, error)
+                if attempt < attempts:
+                    pending.append((item, attempt + 1))
+                else:
+                    on_failed(item, error)
             else:
                 on_done(item, result)
     finally:

@@ -230,11 +230,14 @@ class Derivation:
         if self._where.engine == "inline":
             return study(self._deriving, picked, obs, first, _own_device())
         share = (self._where.gpus_per_actor or 1.0) if self._resources.gpus else 0.0
-        task = study_task.options(num_cpus=1, num_gpus=share)
-        try:
-            return ray.get(task.remote(self._deriving, picked, obs, first))
-        except ray.exceptions.RayTaskError as error:
-            _raised(None, error.cause if isinstance(error.cause, Exception) else error)
+        task, found = study_task.options(num_cpus=1, num_gpus=share), list[Any]()
+        told = ray.put(picked)  # once, however often the task is tried
+
+        def start(deriving: Deriving) -> ray.ObjectRef[Any]:
+            return task.remote(deriving, told, obs, first)
+
+        run_tasks([self._deriving], start, 1, lambda _, result: found.append(result), _raised)
+        return found[0]
 
     def units(
         self,
