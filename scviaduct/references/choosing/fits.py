@@ -112,10 +112,18 @@ def _fit(source: Source, scan: Scan, reference: Reference, features: Mapping[str
         why += f"; {stops[0].name}: {stops[0].message.rstrip('.')}"
     elif weighted < ENOUGH:
         why += f", of {ENOUGH:.0%} that are needed"
+    if new := _unknown(report):
+        why += f"; surgery for {new:,} new value{'s' * (new != 1)} of what its encoder reads"
     if not complete:
         why += f"; leaves {' and '.join(sorted(set(features) - reads))} unused"
     fits = report.verdict == "fit" and weighted >= ENOUGH
     return Fit(reference.name, reference.family, fits, complete, share, weighted, len(reference.labels), key, why)
+
+
+def _unknown(report: Report) -> int:
+    """Values of batch, sample and covariates that surgery would fit: found, let through, and counted by cells."""
+    told = [finding.figures for finding in report.findings if finding.name in ("batch", "sample", "covariates")]
+    return sum(int(figures["new"]) for figures in told if "cells" in figures)
 
 
 def _unfit(reference: Reference, why: str, *, complete: bool) -> Fit:

@@ -235,20 +235,21 @@ WITHOUT_SURGERY = "The encoder does not read the batch (encode_covariates=False)
         ("PEAKVI", "map", None, WITHOUT_SURGERY),
         ("TOTALVI", "map", "encode_covariates=False", "--set encode_covariates=False, because --aim map"),
         ("TOTALVI", "", None, "TOTALVI's encoder reads the batch unless it is told not to"),
-        ("MRVI", "map", None, "MRVI's encoder reads the sample: cells of samples that it was not trained on"),
-        ("ContrastiveVI", "map", None, "ContrastiveVI's encoder reads the batch: cells of batches that it was not"),
+        ("MRVI", "map", None, "MRVI's encoder reads the sample: for cells of new samples map fits adapters"),
+        ("ContrastiveVI", "map", None, "ContrastiveVI's encoder reads the batch: for cells of new batches map fits"),
     ],
 )
-def test_what_is_trained_maps_new_batches_or_says_that_it_does_not(family, aim, setting, note):
+def test_how_what_is_trained_maps_new_batches_is_said(family, aim, setting, note):
     batch = Column("batch", {"a": 500, "b": 500})
     seen = profile(aim=aim, batch=batch, samples=DONORS, perturbation=KNOCKED)
     _, told = options(train_command(seen, family))
-    assert "--recipe" not in told  # that of surgery refuses new batches
+    assert "--recipe" not in told  # that of surgery is named in the documentation, and costs fitting
     assert told.get("--set") == setting
     assert told.get("--sample-key") == ("donor_id" if family == "MRVI" else None)
     notes = notes_of(seen, family)
     assert any(one.startswith(note) for one in notes), notes
-    assert not any("surgery" in one and "without surgery" not in one for one in notes)
+    needs_surgery = family in ("MRVI", "ContrastiveVI") or (family == "TOTALVI" and setting is None)
+    assert any("surgery" in one and "without surgery" not in one for one in notes) is needs_surgery
 
 
 @pytest.mark.parametrize("family", ["SCVI", "SCANVI", "MULTIVI", "PEAKVI", "TOTALVI"])
@@ -350,9 +351,10 @@ def reads_batch(cells, train_and_save, tmp_path_factory):
 def test_batches_that_the_encoder_does_not_know(cells, reads_batch, tmp_path):
     known = choose(write(cells, tmp_path / "known.h5ad"), [reads_batch])
     assert (known.kind, known.notes) == ("reference", ())
+    assert "surgery" not in known.why
     new = choose(write(cells, tmp_path / "new.h5ad", batch="b3"), [reads_batch])
-    assert (new.kind, new.name) == ("family", "SCANVI")
-    assert "batch: obs column 'batch' has 1 value that the reference does not know (b3)" in new.steps[4].figure
+    assert (new.kind, new.name) == ("reference", "toy")
+    assert "surgery for 1 new value of what its encoder reads" in new.why
 
 
 def test_the_batch_column_of_another_name(cells, reads_batch, tmp_path):
