@@ -1,8 +1,9 @@
-"""The mapping actor: holds one reference, maps blocks, stages what comes out."""
+"""The mapping actor: holds one or several references, maps blocks, stages what comes out."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import faiss
@@ -10,19 +11,26 @@ import ray
 import torch
 
 from scviaduct import faults
+from scviaduct.errors import DataError
 from scviaduct.mapping.mapper import Mapper
 from scviaduct.references.package import Reference
+from scviaduct.sources.unreadable import told
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from scviaduct.mapping.fleet import Fleet
+    from scviaduct.mapping.planning import Bundle
+    from scviaduct.mapping.reading import SharedBlock
     from scviaduct.store import Completion, Stager
-    from scviaduct.values import CellBlock, Settings, Unit
+    from scviaduct.values import Settings
 
 
-class MappingWorker:
-    """Maps blocks with a reference that it loads once.
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a worker is told of a reference; picklable, without tensors.
 
-    Parameters
+    Attributes
     ----------
     reference
         Path of the package. The weights never travel: a restarted actor reads them again.
@@ -30,10 +38,60 @@ class MappingWorker:
         What decides the rows.
     stager
         Where the rows go.
-    device
-        ``"cpu"`` or ``"cuda"``; None for the GPU that Ray assigned to this actor, if any.
+    columns
+        obs columns that mapping and staging take.
     fleet
         Adapters of the query's new batches; each is read when the first block needs it.
+    """
+
+    reference: str
+    settings: Settings
+    stager: Stager
+    columns: tuple[str, ...]
+    fleet: Fleet | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A unit that was not mapped.
+
+    Attributes
+    ----------
+    unit
+        Unit id.
+    reason
+        Why, in one line.
+    final
+        Whether it would fail again, however often it is tried.
+    """
+
+    unit: str
+    reason: str
+    final: bool
+
+    @classmethod
+    def of(cls, unit: str, error: Exception) -> Failure:
+        """What an error says of a unit."""
+        return cls(unit, told(error), isinstance(error, DataError))
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of the units of a bundle: each is done or failed, whatever became of the others."""
+
+    done: tuple[Completion, ...] = ()
+    failed: tuple[Failure, ...] = ()
+
+
+class MappingWorker:
+    """Maps blocks with references that it loads once.
+
+    Parameters
+    ----------
+    assignments
+        The references.
+    device
+        ``"cpu"`` or ``"cuda"``; None for the GPU that Ray assigned to this actor, if any.
 
     Notes
     -----
@@ -41,36 +99,41 @@ class MappingWorker:
     two of them take several times as long as one.
     """
 
-    def __init__(
-        self,
-        reference: str,
-        settings: Settings,
-        stager: Stager,
-        device: str | None = None,
-        fleet: Fleet | None = None,
-    ) -> None:
+    def __init__(self, assignments: Sequence[Assignment], device: str | None = None) -> None:
         torch.set_num_threads(1)
         faiss.omp_set_num_threads(1)
         self.device = device or ("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
-        device = self.device
-        self._mapper = Mapper(Reference.load(reference), settings, device, fleet)
-        self._settings = settings
-        self._stager = stager
+        self._assignments = tuple(assignments)
+        self._mappers = [
+            Mapper(Reference.load(one.reference), one.settings, self.device, one.fleet) for one in assignments
+        ]
 
     def describe(self) -> dict[str, Any]:
-        """Where this worker runs; answers once the reference is loaded."""
-        return {"pid": os.getpid(), "device": self.device, "labels": len(self._mapper.labels)}
+        """Where this worker runs; answers once the references are loaded."""
+        return {"pid": os.getpid(), "device": self.device, "labels": [len(mapper.labels) for mapper in self._mappers]}
 
-    def run(self, unit: Unit, block: CellBlock) -> Completion:
-        """Map one unit and stage its rows.
+    def run(self, bundle: Bundle, shared: SharedBlock) -> Ended:
+        """Map the units of a bundle, one reference after the other, and stage the rows of each.
 
-        Raises
-        ------
-        DataError
-            If the block cannot be mapped, however often it is tried.
+        Parameters
+        ----------
+        bundle
+            What to do.
+        shared
+            Its shard, read for ``bundle.references``.
         """
-        faults.point("encode")
-        return self._stager.stage(unit, block, self._mapper.map(block), self._settings)
+        done: list[Completion] = []
+        failed: list[Failure] = []
+        for at, (position, unit) in enumerate(bundle.units):
+            faults.point("encode")
+            mine = self._assignments[position]
+            try:
+                block = shared.of(at)
+                mapping = self._mappers[position].map(block)
+                done.append(mine.stager.stage(unit, block, mapping, mine.settings))
+            except Exception as error:  # noqa: BLE001 - the other references go on; the dispatcher decides about this one
+                failed.append(Failure.of(unit.id, error))
+        return Ended(tuple(done), tuple(failed))
 
 
 MappingActor = ray.remote(MappingWorker)

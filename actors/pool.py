@@ -1,4 +1,4 @@
-"""How a run's readers and actors are started, and on what they are placed."""
+"""How a run's readers and actors are started, on what they are placed, and how its work comes apart."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from actors.mapping import MappingActor
 from actors.reading import read_task
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import ray
 
-    from scviaduct.mapping.fleet import Fleet
-    from scviaduct.store import Stager
-    from scviaduct.values import Settings, Unit
+    from actors.mapping import Assignment, Ended
+    from scviaduct.mapping.planning import Bundle
+    from scviaduct.values import Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,47 +38,57 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class MappingPool:
-    """Starts the readers and actors of one run.
+    """Starts the readers and actors of one command.
 
     Attributes
     ----------
-    reference
-        Path of the package, readable on every node.
-    settings
-        What decides the rows.
-    stager
-        Where the rows go.
-    columns
-        obs columns that readers bring along.
+    assignments
+        What each reference takes; every actor holds all of them.
     placement
         What each reserves.
-    fleet
-        Adapters of the query's new batches.
     """
 
-    reference: str
-    settings: Settings
-    stager: Stager
-    columns: tuple[str, ...]
+    assignments: tuple[Assignment, ...]
     placement: Placement
-    fleet: Fleet | None = None
 
-    def read(self, unit: Unit) -> tuple[ray.ObjectRef[Any], ray.ObjectRef[Any]]:
-        """Start reading a unit; references to its size in bytes and to its block."""
+    def read(self, bundle: Bundle) -> tuple[ray.ObjectRef[Any], ray.ObjectRef[Any]]:
+        """Start reading a shard; references to its size in bytes and to its block."""
         task = read_task.options(num_cpus=self.placement.reader_cpus)
-        size, block = task.remote(unit.shard, self.reference, self.columns)
+        size, block = task.remote(bundle.shard, *asked(self.assignments, bundle))
         return size, block
 
     def start(self) -> Any:
-        """Start a mapping actor; it loads the reference at once."""
+        """Start a mapping actor; it loads the references at once."""
         resources = {"num_cpus": self.placement.actor_cpus, "num_gpus": self.placement.actor_gpus}
-        told = self.reference, self.settings, self.stager
-        return MappingActor.options(**resources).remote(*told, fleet=self.fleet)
+        return MappingActor.options(**resources).remote(self.assignments)
 
     def ready(self, actor: Any) -> ray.ObjectRef[Any]:
-        """Reference that resolves once the actor has loaded its reference."""
+        """Reference that resolves once the actor has loaded its references."""
         return actor.describe.remote()
 
-    def map(self, actor: Any, unit: Unit, block: ray.ObjectRef[Any]) -> ray.ObjectRef[Any]:
-        """Start mapping a block; reference to its completion."""
-        return actor.run.remote(unit, block)
+    def map(self, actor: Any, bundle: Bundle, block: ray.ObjectRef[Any]) -> ray.ObjectRef[Any]:
+        """Start mapping a block; reference to what becomes of the bundle."""
+        return actor.run.remote(bundle, block)
+
+
+def asked(assignments: Sequence[Assignment], bundle: Bundle) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Packages that a shard is read for, in the order of the bundle's units, and the obs columns that they take."""
+    mine = [assignments[position] for position in bundle.references]
+    columns = dict.fromkeys(column for one in mine for column in one.columns)
+    return tuple(one.reference for one in mine), tuple(columns)
+
+
+class Bundles:
+    """How bundles come apart, as the dispatcher asks."""
+
+    def units(self, bundle: Bundle) -> Sequence[Unit]:
+        """The units of a bundle."""
+        return [unit for _, unit in bundle.units]
+
+    def split(self, bundle: Bundle) -> Sequence[Bundle]:
+        """One bundle for each unit."""
+        return bundle.split()
+
+    def failed(self, bundle: Bundle, ended: Ended) -> list[tuple[Bundle, str, bool]]:
+        """The units that failed, each with the reason and whether that is final."""
+        return [(bundle.only({one.unit}), one.reason, one.final) for one in ended.failed]

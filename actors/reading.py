@@ -7,37 +7,39 @@ from typing import TYPE_CHECKING
 import ray
 
 from scviaduct import faults
-from scviaduct.mapping.reading import read_block
+from scviaduct.mapping.reading import read_shared
 from scviaduct.references.package import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from scviaduct.values import CellBlock, Shard
+    from scviaduct.mapping.reading import SharedBlock
+    from scviaduct.values import Shard
 
 _REFERENCES: dict[str, Reference] = {}
 
 
-def read_shard(shard: Shard, reference: str, columns: Sequence[str]) -> tuple[int, CellBlock]:
-    """Read a shard in a reference's genes.
+def read_shard(shard: Shard, references: Sequence[str], columns: Sequence[str]) -> tuple[int, SharedBlock]:
+    """Read a shard once, for one or several references.
 
     Parameters
     ----------
     shard
         What to read.
-    reference
-        Path of the package; its manifest gives the genes, its weights are not loaded.
+    references
+        Paths of the packages; their manifests give the genes, their weights are not loaded.
     columns
         obs columns to bring along.
 
     Returns
     -------
-    tuple of int and CellBlock
+    tuple of int and SharedBlock
         The block's size in bytes, and the block. Two objects, so that the driver learns the size without the block.
     """
-    if reference not in _REFERENCES:
-        _REFERENCES[reference] = Reference.load(reference)
-    block = read_block(shard, _REFERENCES[reference], columns)
+    for path in references:
+        if path not in _REFERENCES:
+            _REFERENCES[path] = Reference.load(path)
+    block = read_shared(shard, [_REFERENCES[path] for path in references], columns)
     faults.point("read")
     return block.nbytes, block
 

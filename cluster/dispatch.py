@@ -1,5 +1,7 @@
 """Dispatch: blocks flow from reader tasks to mapping actors, and every unit ends as done or as quarantined.
 
+What is dispatched is an item: a unit, or several that one reading serves (:mod:`cluster.work`).
+
 The driver decides everything; Ray only runs it. Reading and mapping are separate stages, so that reading goes on while
 actors compute; what has been read and not yet mapped is bounded by a byte budget; an actor has at most two blocks, one
 that it maps and one that waits. Retries are decided here, because Ray would charge the death of an actor to every call
@@ -11,89 +13,25 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
+from cluster.work import ATTEMPTS, Limits, Outcome, Quarantined, Sharded, Whole
 from scviaduct.errors import DataError, EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from scviaduct.values import Unit
-
-
-ATTEMPTS = 3
-"""Tries of a unit before it is quarantined."""
-
-
-class Pool(Protocol):
-    """How units are read and mapped; what the actors package offers, as the dispatcher sees it."""
-
-    def read(self, unit: Unit) -> tuple[ray.ObjectRef[Any], ray.ObjectRef[Any]]:
-        """Start reading; references to the block's size in bytes and to the block."""
-
-    def start(self) -> Any:
-        """Start an actor; the handle."""
-
-    def ready(self, actor: Any) -> ray.ObjectRef[Any]:
-        """Reference that resolves once the actor has loaded its reference."""
-
-    def map(self, actor: Any, unit: Unit, block: ray.ObjectRef[Any]) -> ray.ObjectRef[Any]:
-        """Start mapping a block; reference to its completion."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of a run.
-
-    Attributes
-    ----------
-    actors
-        Mapping actors.
-    readers
-        Reader tasks at a time.
-    bytes_in_flight
-        Bytes of blocks that are read and not yet mapped. One block is always let through, however large.
-    blocks_per_actor
-        Blocks that an actor has at a time: one that it maps, the others wait beside it.
-    attempts
-        Tries of a unit before it is quarantined.
-    start_attempts
-        Actors that may fail to start in a row before the run gives up.
-    """
-
-    actors: int
-    readers: int
-    bytes_in_flight: int = 512 << 20
-    blocks_per_actor: int = 2
-    attempts: int = ATTEMPTS
-    start_attempts: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """A unit that could not be mapped, and why."""
-
-    unit: Unit
-    attempts: int
-    reason: str
+    from cluster.work import Parts, Pool
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What became of the units."""
-
-    completions: list[Any] = field(default_factory=list)
-    quarantined: list[Quarantined] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Work:
-    unit: Unit
+class _Work[Item]:
+    item: Item
     attempts: int = 0
-    # A unit that was in an actor when it died is tried alone, so that a further death convicts exactly one unit.
+    # An item that was in an actor when it died is tried alone, so that a further death convicts exactly one unit.
     suspect: bool = False
     block: ray.ObjectRef[Any] | None = None
     nbytes: int = 0
@@ -104,17 +42,17 @@ class _Slot:
     actor: Any
     ready_ref: ray.ObjectRef[Any]
     ready: bool = False
-    works: list[_Work] = field(default_factory=list)
+    works: list[_Work[Any]] = field(default_factory=list)
     last_key: str = ""
 
-    def room(self, work: _Work, limit: int) -> bool:
+    def room(self, work: _Work[Any], limit: int) -> bool:
         if not self.ready or any(other.suspect for other in self.works):
             return False
         return not self.works if work.suspect else len(self.works) < limit
 
 
-class Dispatcher:
-    """Runs units over a pool until each is done or quarantined.
+class Dispatcher[Item: Sharded]:
+    """Runs items over a pool until each unit is done or quarantined.
 
     Parameters
     ----------
@@ -123,41 +61,45 @@ class Dispatcher:
     limits
         Bounds.
     on_done
-        Called with every completion as it arrives.
+        Called with every item and what came out of it, as it arrives.
     on_quarantine
         Called with every quarantined unit.
+    parts
+        How items come apart; None for items that are units.
     """
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Pool[Item],
         limits: Limits,
-        on_done: Callable[[Unit, Any], None],
+        on_done: Callable[[Item, Any], None],
         on_quarantine: Callable[[Quarantined], None],
+        parts: Parts[Item] | None = None,
     ) -> None:
         self._pool = pool
         self._limits = limits
         self._on_done = on_done
         self._on_quarantine = on_quarantine
-        self._pending: deque[_Work] = deque()
-        self._reading: dict[ray.ObjectRef[Any], _Work] = {}
-        self._read: deque[_Work] = deque()
-        self._mapping: dict[ray.ObjectRef[Any], tuple[_Slot, _Work]] = {}
+        self._parts = parts or cast("Parts[Item]", Whole())
+        self._pending: deque[_Work[Item]] = deque()
+        self._reading: dict[ray.ObjectRef[Any], _Work[Item]] = {}
+        self._read: deque[_Work[Item]] = deque()
+        self._mapping: dict[ray.ObjectRef[Any], tuple[_Slot, _Work[Item]]] = {}
         self._slots: list[_Slot] = []
         self._outcome = Outcome()
         self._largest = 0
         self._failed_starts = 0
         self._on_ready: Callable[[Any], None] = _nothing
 
-    def run(self, units: Sequence[Unit], on_ready: Callable[[Any], None] | None = None) -> Outcome:
-        """Map all units.
+    def run(self, items: Sequence[Item], on_ready: Callable[[Any], None] | None = None) -> Outcome:
+        """Map all items.
 
         Whatever ends the call, an interrupt included, ends the actors too; completed units keep their records, so the
         same run goes on from there.
 
         Parameters
         ----------
-        units
+        items
             What to map.
         on_ready
             Called when the first actor has loaded its reference, with what it says of itself.
@@ -167,10 +109,10 @@ class Dispatcher:
         EngineError
             If actors cannot be started.
         """
-        self._pending = deque(_Work(unit) for unit in units)
+        self._pending = deque(_Work(item) for item in items)
         self._on_ready = on_ready or _nothing
         try:
-            for _ in range(min(self._limits.actors, len(units))):
+            for _ in range(min(self._limits.actors, len(items))):
                 self._start()
             while self._pending or self._reading or self._read or self._mapping:
                 self._fill_readers()
@@ -197,11 +139,11 @@ class Dispatcher:
             if expected > self._limits.bytes_in_flight and (self._reading or self._read or self._mapping):
                 return
             work = self._pending.popleft()
-            size, work.block = self._pool.read(work.unit)
+            size, work.block = self._pool.read(work.item)
             self._reading[size] = work
 
     def _fill_actors(self) -> None:
-        waiting: deque[_Work] = deque()
+        waiting: deque[_Work[Item]] = deque()
         while self._read:
             work = self._read.popleft()
             slot = self._route(work)
@@ -209,16 +151,16 @@ class Dispatcher:
                 waiting.append(work)
                 continue
             slot.works.append(work)
-            slot.last_key = work.unit.shard.dataset_id
-            self._mapping[self._pool.map(slot.actor, work.unit, work.block)] = (slot, work)
+            slot.last_key = work.item.shard.dataset_id
+            self._mapping[self._pool.map(slot.actor, work.item, work.block)] = (slot, work)
         self._read = waiting
 
-    def _route(self, work: _Work) -> _Slot | None:
+    def _route(self, work: _Work[Item]) -> _Slot | None:
         """The actor for a block: the one that last had its dataset if it has room, else the least busy one."""
         open_slots = [slot for slot in self._slots if slot.room(work, self._limits.blocks_per_actor)]
         if not open_slots:
             return None
-        key = work.unit.shard.dataset_id
+        key = work.item.shard.dataset_id
         return min(open_slots, key=lambda slot: (len(slot.works), slot.last_key != key))
 
     def _wait(self) -> None:
@@ -260,7 +202,7 @@ class Dispatcher:
             with contextlib.suppress(RayError, DataError):
                 ray.get(work.block)
             work.block = None
-            self._retry(work, error)
+            self._retry(work, *_judged(error))
             return
         self._largest = max(self._largest, work.nbytes)
         self._read.append(work)
@@ -269,42 +211,52 @@ class Dispatcher:
         slot, work = self._mapping.pop(ref)
         slot.works.remove(work)
         try:
-            completion = ray.get(ref)
+            result = ray.get(ref)
         except ActorUnavailableError as error:
             self._forget(work)
-            self._retry(work, error)
+            self._retry(work, *_judged(error))
         except (ActorDiedError, RayActorError) as error:
             if slot in self._slots:
                 self._slots.remove(slot)
                 self._start()
             self._forget(work)
             work.suspect = True
-            self._retry(work, error)
+            self._retry(work, *_judged(error))
         except (RayError, DataError) as error:
             self._forget(work)
-            self._retry(work, error)
+            self._retry(work, *_judged(error))
         else:
             self._forget(work)
-            self._outcome.completions.append(completion)
-            self._on_done(work.unit, completion)
+            self._outcome.completions.append(result)
+            self._on_done(work.item, result)
+            for part, reason, final in self._parts.failed(work.item, result):
+                self._retry(_Work(part, work.attempts), reason, final)
 
     @staticmethod
-    def _forget(work: _Work) -> None:
+    def _forget(work: _Work[Item]) -> None:
         work.block, work.nbytes = None, 0
 
-    def _retry(self, work: _Work, error: Exception) -> None:
+    def _retry(self, work: _Work[Item], reason: str, final: bool) -> None:  # noqa: FBT001 - as _judged returns it
         work.attempts += 1
-        hopeless = isinstance(error, DataError) or isinstance(getattr(error, "cause", None), DataError)
-        if not hopeless and work.attempts < self._limits.attempts:
-            self._pending.append(work)
+        if not final and work.attempts < self._limits.attempts:
+            # The last try of what was in a dying actor is made a unit at a time, so that the others of it are done.
+            last = work.suspect and work.attempts == self._limits.attempts - 1
+            items = self._parts.split(work.item) if last else (work.item,)
+            self._pending.extend(_Work(item, work.attempts, work.suspect) for item in items)
             return
-        quarantined = Quarantined(work.unit, work.attempts, _cause(error))
-        self._outcome.quarantined.append(quarantined)
-        self._on_quarantine(quarantined)
+        for unit in self._parts.units(work.item):
+            quarantined = Quarantined(unit, work.attempts, reason)
+            self._outcome.quarantined.append(quarantined)
+            self._on_quarantine(quarantined)
 
 
 def _nothing(_: object) -> None:
     """Tells nobody."""
+
+
+def _judged(error: Exception) -> tuple[str, bool]:
+    """Why something failed, and whether it would fail again for sure."""
+    return _cause(error), isinstance(error, DataError) or isinstance(getattr(error, "cause", None), DataError)
 
 
 def _cause(error: Exception) -> str:
@@ -316,3 +268,6 @@ def _cause(error: Exception) -> str:
     # What a constructor raised stands at the end of a traceback; everything else says what it is at the beginning.
     told = lines[-1] if "creation task" in lines[0] else lines[0]
     return f"{type(inner).__name__}: {told}"
+
+
+__all__ = ["ATTEMPTS", "Dispatcher", "Limits", "Outcome", "Quarantined"]

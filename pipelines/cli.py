@@ -116,7 +116,10 @@ def check(
 @app.command("map")
 def map_(
     source: Annotated[str | None, Argument(metavar="SOURCE", help=SOURCE_HELP)] = None,
-    reference: Annotated[str | None, Option(help="Registered name of the reference, or path of a package.")] = None,
+    reference: Annotated[
+        list[str] | None,
+        Option(help="Registered name of the reference, or path of a package; repeated, all map on one reading."),
+    ] = None,
     store: Annotated[str | None, Option(help="Folder of the store; made if absent.")] = None,
     keep_obs: Annotated[str | None, Option(help="obs columns to keep, comma-separated.")] = None,
     shard_cells: Annotated[int | None, Option(help="Cells of a shard. [default: 16384]")] = None,
@@ -145,7 +148,7 @@ def map_(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Map query cells to a reference, into a store.
+    """Map query cells to a reference, or to several on one reading, into a store.
 
     All cells of a run become visible in one commit. The same command resumes a run that was killed, and does nothing
     once the run is complete. Exit status: 1 where the query does not fit; 4 where units are in quarantine (see
@@ -155,7 +158,7 @@ def map_(
 
     flags: dict[str, Any] = {
         "source": source,
-        "reference": reference,
+        "reference": reference[0] if reference and len(reference) == 1 else reference or None,
         "store": store,
         "keep_obs": listed(keep_obs) or None,
         "shard_cells": shard_cells,
@@ -176,9 +179,10 @@ def map_(
     }
     told = MapJob.of(job, flags)  # a wrong flag is answered before the seconds that loading torch takes
     from pipelines.mapping import map as run
+    from pipelines.printing_mapping import mapping as print_mapping
 
     result = run(**told.model_dump(), dry_run=dry_run, quiet=quiet)
-    printing.mapping(result, as_json=as_json)
+    print_mapping(result, as_json=as_json)
     raise typer.Exit(result.exit_status)
 
 

@@ -46,7 +46,10 @@ class MapJob(_Job):
     example = 'source = "cells.h5ad"\nreference = "pbmc"\nstore = "atlas-store"\nkeep_obs = ["tissue", "disease"]'
 
     source: Annotated[str, Field(description="URI of the query cells")]
-    reference: Annotated[str, Field(description="registered name of the reference, or path of a package")]
+    reference: Annotated[
+        str | Annotated[tuple[str, ...], Field(min_length=1)],
+        Field(description="registered name of the reference, or path of a package; or a list of them"),
+    ]
     store: Annotated[str, Field(description="folder of the store; made if absent")]
     keep_obs: Annotated[tuple[str, ...], Field(description="obs columns to keep beside the labels")] = ()
     shard_cells: Annotated[int, Field(ge=1, description="cells of a shard")] = SHARD_CELLS

@@ -1,19 +1,20 @@
-"""The main job: stream query cells, map them with a reference, commit what comes out as one version of a store."""
+"""The main job: stream query cells, map them with references, commit what comes out as one version of each space."""
 
 from __future__ import annotations
 
-import time
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cluster.connect import connect, require_answer
 from pipelines.jobs import SHARD_CELLS
 from pipelines.progress import reporter
-from pipelines.query import Query, batches_of_query, scan_query, told_surgery
+from pipelines.query import Asked, Query, batches_of_query, scan_query, told_surgery
+from pipelines.results import Clock, MapResult, MapResults, Told
 from pipelines.running import Run
 from pipelines.surgery import Fitting, planned, shelf_in
-from scviaduct.errors import InputError
+from pipelines.together import Together
+from scviaduct.errors import DataError, InputError
 from scviaduct.mapping import preflight
 from scviaduct.mapping.fleet import Fleet
 from scviaduct.mapping.surgery import recalled
@@ -24,71 +25,29 @@ from scviaduct.store.schema import new_columns
 from scviaduct.values import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from cluster.dispatch import Quarantined
-    from pipelines.running import Outcome
-    from pipelines.surgery import BatchAdapter
+    from pipelines.progress import Reporter
     from scviaduct.mapping.preflight import Report
-    from scviaduct.mapping.surgery import Surgery
     from scviaduct.references.package import Reference
     from scviaduct.sources import Source
-    from scviaduct.values import Plan
-
-QUARANTINE_STATUS = 4
-"""Exit status of a run that committed, but left units in quarantine."""
+    from scviaduct.store import Space
+    from scviaduct.values import Scan
 
 
-@dataclass(frozen=True, slots=True)
-class MapResult:
-    """What a ``map`` run came to.
-
-    Attributes
-    ----------
-    run
-        Run id; the same command has the same.
-    state
-        ``planned`` (a dry run), ``nothing to do``, ``committed``, or ``failed`` if every unit is in quarantine.
-    version
-        Version of the space that holds the run's cells; None if there is none.
-    cells, units
-        Of the plan.
-    cells_done
-        Cells of the plan that the version holds.
-    mapped_units
-        Units mapped by this call; the others were completed before.
-    quarantined
-        Units that could not be mapped, with their reasons.
-    report
-        Of the preflight.
-    seconds
-        Of each stage: scan, preflight, surgery, map, commit.
-    adapters
-        What became of each new batch that needs an adapter.
-    """
-
-    run: str
-    state: Literal["planned", "nothing to do", "committed", "failed"]
-    version: int | None
-    cells: int
-    cells_done: int
-    units: int
-    mapped_units: int
-    quarantined: tuple[Quarantined, ...]
-    report: Report
-    seconds: dict[str, float]
-    adapters: tuple[BatchAdapter, ...] = ()
-
-    @property
-    def exit_status(self) -> int:
-        """0, or 4 if units are in quarantine."""
-        return QUARANTINE_STATUS if self.quarantined else 0
+# The name of the command; the overloads leave the options, which decide nothing of the type, to the implementation.
+@overload
+def map(source: str, *, reference: str, store: str, **options: Any) -> MapResult: ...  # noqa: A001
 
 
-def map(  # noqa: A001 - the name of the command
+@overload
+def map(source: str, *, reference: Sequence[str], store: str, **options: Any) -> MapResults: ...  # noqa: A001
+
+
+def map(  # type: ignore[misc]  # noqa: A001
     source: str,
     *,
-    reference: str,
+    reference: str | Sequence[str],
     store: str,
     keep_obs: Sequence[str] = (),
     shard_cells: int = SHARD_CELLS,
@@ -108,18 +67,22 @@ def map(  # noqa: A001 - the name of the command
     gpus_per_actor: float | None = None,
     dry_run: bool = False,
     quiet: bool = False,
-) -> MapResult:
-    """Map query cells to a reference, into a store.
+) -> MapResult | MapResults:
+    """Map query cells to a reference, or to several at once, into a store.
 
-    All cells of the run become visible in one commit. A run that was killed or interrupted goes on where it was when it
+    All cells of a run become visible in one commit. A run that was killed or interrupted goes on where it was when it
     is called again with the same arguments; a run that is complete does nothing and says so.
+
+    Several references are several runs on one reading of the source: the same runs, units and rows as one after the
+    other makes. Each is committed to its own space, one space after the other.
 
     Parameters
     ----------
     source
         URI of the query cells.
     reference
-        Registered name, or path of a package; on a cluster every node must be able to read it.
+        Registered name, or path of a package; on a cluster every node must be able to read it. Or a list of them: the
+        other arguments then hold for each, and nothing is mapped unless all of them fit.
     store
         Folder of the store, made if absent; on a cluster every node must be able to write it.
     keep_obs
@@ -154,81 +117,109 @@ def map(  # noqa: A001 - the name of the command
     quiet
         Without progress.
 
+    Returns
+    -------
+    MapResult or MapResults
+        What the run came to; for a list of references, what each run came to.
+
     Raises
     ------
     InputError
-        If an argument, the source or the reference is wrong.
+        If an argument, the source or a reference is wrong.
     NotFitError
-        If preflight closes the gate, or cannot tell.
+        If preflight closes the gate, or cannot tell; of several references, for any.
     EngineError
         If actors cannot be started. Completed units are kept.
     """
     if shard_cells < 1:
         remedy = f"Give at least 1; the default is {SHARD_CELLS}."
         raise InputError(f"--shard-cells {shard_cells} holds no cell.", remedy)
-    package = Registry().get(reference)
-    wanted = told_surgery(surgery, surgery_cells, surgery_epochs, background, package)
+    packages = _packages([reference] if isinstance(reference, str) else reference)
+    asked = [
+        Asked(package, told_surgery(surgery, surgery_cells, surgery_epochs, background, package))
+        for package in packages
+    ]
     settings = Settings(
         batch_key=batch_key, sample_key=sample_key, ambiguous_entropy=ambiguous_entropy, neighbors=neighbors
     )
     if engine == "ray" and not dry_run:
         require_answer(address)  # before the minutes that scanning an atlas takes
-    clock = _Clock()
+    clock = Clock()
     with reporter(quiet=quiet) as progress, open_source(source) as opened:
-        query = _query(opened, package, settings, wanted, keep_obs, shard_cells, accept, clock)
+        queries = _queries(opened, asked, settings, keep_obs, shard_cells, accept, clock)
         if dry_run:
-            return _planned(query, store, clock)
-        kept = Store.create(store)
-        space = kept.create_space(package.name, package.digest, package.n_latent, package.labels)
-        there = space.snapshot()
-        new_columns(
-            there.columns, query.settings.keep_obs, there.derived_types
-        )  # refuses another type, before any work
-        fitting = Fitting(query, space.adapters, progress) if query.batches else None
-        with ExitStack() as stack:
-            if fitting and fitting.left:
-                if engine == "ray":
-                    stack.enter_context(connect(address))  # one Ray for surgery and mapping
-                with clock.stage("surgery"):
-                    fitting.run(engine, address, actors, gpus_per_actor)
-            fleet = fitting.fleet if fitting else None
-            run = Run(query.plan(fleet), package, kept, space, progress, fleet)
-            told = _Told(run.plan, query.report, clock, fitting.batches if fitting else ())
-            todo = run.todo()
-            if not todo and run.is_visible():
-                return told.result("nothing to do", run.plan.cells, space.head())
-            with clock.stage("map"):
-                on = (address, actors, readers, gpus_per_actor)
-                outcome = run.inline(todo) if engine == "inline" else run.on_ray(todo, *on)
-        with clock.stage("commit"):
-            version = run.commit(outcome, clock.seconds)
-    return told.result("failed" if version is None else "committed", run.cells_done(), version, outcome)
+            results = [_planned(query, store, clock) for query in queries]
+        else:
+            on = (address, actors, readers, gpus_per_actor)
+            results = _mapped(queries, Store.create(store), progress, clock, engine, on)
+    return results[0] if isinstance(reference, str) else MapResults(tuple(results))
 
 
-def _query(
+def _packages(names: Sequence[str]) -> list[Reference]:
+    """The packages of some references, each once."""
+    if not names:
+        raise InputError(
+            "No reference is named.", 'Name one or several: reference="pbmc" or reference=["pbmc", "lung"].'
+        )
+    packages: dict[str, Reference] = {}
+    for name in names:
+        package = Registry().get(name)
+        if other := packages.get(package.digest):
+            raise InputError(
+                f"--reference {name} is the same package as '{other.name}' ({package.digest[:12]}).",
+                "Name each reference once.",
+            )
+        packages[package.digest] = package
+    return list(packages.values())
+
+
+def _queries(
     opened: Source,
-    package: Reference,
+    asked: Sequence[Asked],
     settings: Settings,
-    surgery: Surgery,
     keep_obs: Sequence[str],
     shard_cells: int,
     accept: Sequence[str],
-    clock: _Clock,
-) -> Query:
+    clock: Clock,
+) -> list[Query]:
     """Scan the source, and open or close the gate."""
     with clock.stage("scan"):
-        scan, settings = scan_query(opened, package, settings, surgery, keep_obs, shard_cells)
+        scans, settings = scan_query(opened, asked, settings, keep_obs, shard_cells)
     with clock.stage("preflight"):
-        influence = package.encoder().gene_influence()
-        report = preflight.check(opened, scan, package, settings, influence, surgery=surgery.mode).accept(accept)
-        report.require_fit()
-    return Query(opened, package, settings, scan, report, surgery, batches_of_query(package, settings, scan, surgery))
+        reports = _reports(opened, asked, settings, scans, accept)
+        preflight.require_fit(reports)
+    return [
+        Query(
+            opened,
+            one.reference,
+            settings,
+            scan,
+            report,
+            one.surgery,
+            batches_of_query(one.reference, settings, scan, one.surgery),
+        )
+        for one, scan, report in zip(asked, scans, reports, strict=True)
+    ]
 
 
-def _planned(query: Query, store: str, clock: _Clock) -> MapResult:
+def _reports(
+    opened: Source, asked: Sequence[Asked], settings: Settings, scans: Sequence[Scan], accept: Sequence[str]
+) -> list[Report]:
+    """The preflight of each reference, on one sample."""
+    looked = preflight.read_sample(scans[0], [one.reference for one in asked])
+    reports = []
+    for at, (one, scan) in enumerate(zip(asked, scans, strict=True)):
+        blocks = [piece if isinstance(piece, DataError) else piece.of(at) for piece in looked]
+        influence, mode = one.reference.encoder().gene_influence(), one.surgery.mode
+        report = preflight.check(opened, scan, one.reference, settings, influence, surgery=mode, looked=blocks)
+        reports.append(report.accept(accept))
+    return reports
+
+
+def _planned(query: Query, store: str, clock: Clock) -> MapResult:
     """What a run would do; its id is not known before the samples of batches that are to be fitted are read."""
     if query.batches is None:
-        return _Told(query.plan(None), query.report, clock).result("planned", 0)
+        return Told(query.plan(None), query.report, clock).result("planned", 0)
     shelf = shelf_in(store, query.reference)
     batches = planned(query, shelf)
     fleet = Fleet(
@@ -236,42 +227,64 @@ def _planned(query: Query, store: str, clock: _Clock) -> MapResult:
     )
     plan = query.plan(fleet)
     known = all(item.state == "reused" for item in batches)
-    return _Told(plan if known else replace(plan, run=""), query.report, clock, batches).result("planned", 0)
+    return Told(plan if known else replace(plan, run=""), query.report, clock, batches).result("planned", 0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """What every result says."""
+def _mapped(
+    queries: Sequence[Query],
+    store: Store,
+    progress: Reporter,
+    clock: Clock,
+    engine: Literal["ray", "inline"],
+    on: tuple[str | None, int | None, int | None, float | None],
+) -> list[MapResult]:
+    """Fit what is missing, map what is left, and commit each reference's run."""
+    address, actors, _, gpus = on
+    spaces = [_space(store, query) for query in queries]  # each refuses what it cannot take, before any work
+    fittings = [
+        Fitting(query, space.adapters, progress) if query.batches else None
+        for query, space in zip(queries, spaces, strict=True)
+    ]
+    with ExitStack() as stack:
+        if left := [one for one in fittings if one and one.left]:
+            if engine == "ray":
+                stack.enter_context(connect(address))  # one Ray for surgery and mapping
+            with clock.stage("surgery"):
+                for one in left:
+                    one.run(engine, address, actors, gpus)
+        fleets = [one.fleet if one else None for one in fittings]
+        runs = [
+            Run(query.plan(fleet), query.reference, store, space, fleet)
+            for query, space, fleet in zip(queries, spaces, fleets, strict=True)
+        ]
+        if not all(run.is_complete for run in runs):
+            together = Together(runs, progress)
+            with clock.stage("map"):
+                together.inline() if engine == "inline" else together.on_ray(*on)
+    told = [
+        Told(run.plan, query.report, clock, one.batches if one else ())
+        for run, query, one in zip(runs, queries, fittings, strict=True)
+    ]
+    return [_committed(run, one) for run, one in zip(runs, told, strict=True)]
 
-    plan: Plan
-    report: Report
-    clock: _Clock
-    adapters: tuple[BatchAdapter, ...] = ()
 
-    def result(
-        self,
-        state: Literal["planned", "nothing to do", "committed", "failed"],
-        cells_done: int,
-        version: int | None = None,
-        outcome: Outcome | None = None,
-    ) -> MapResult:
-        quarantined = tuple(outcome.quarantined) if outcome else ()
-        mapped = len(outcome.completions) if outcome else 0
-        sizes = self.plan.cells, cells_done, len(self.plan.units)
-        told = self.report, dict(self.clock.seconds), self.adapters
-        return MapResult(self.plan.run, state, version, *sizes, mapped, quarantined, *told)
+def _space(store: Store, query: Query) -> Space:
+    """The space of a reference, which takes the query's kept columns."""
+    package = query.reference
+    space = store.create_space(package.name, package.digest, package.n_latent, package.labels)
+    there = space.snapshot()
+    new_columns(there.columns, query.settings.keep_obs, there.derived_types)  # refuses another type
+    return space
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Seconds that each stage took."""
+def _committed(run: Run, told: Told) -> MapResult:
+    """Make what is done visible, unless it is."""
+    if run.is_complete:
+        return told.result("nothing to do", run.plan.cells, run.space.head())
+    told = replace(told, clock=told.clock.copy())
+    with told.clock.stage("commit"):
+        version = run.commit(told.clock.seconds)
+    return told.result("failed" if version is None else "committed", run.cells_done(), version, run)
 
-    seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(time.monotonic() - began, 3)
+__all__ = ["MapResult", "MapResults", "map"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipelines.jobs import SHARD_CELLS
-from pipelines.query import scan_query, told_surgery
+from pipelines.query import Asked, scan_query, told_surgery
 from scviaduct.mapping import preflight
 from scviaduct.references.registry import Registry
 from scviaduct.sources import open_source
@@ -62,7 +62,7 @@ def check(
     settings = Settings(batch_key=batch_key, sample_key=sample_key)
     wanted = told_surgery(surgery, None, None, (), package)
     with open_source(source) as opened:
-        scan, settings = scan_query(opened, package, settings, wanted, shard_cells=SHARD_CELLS)
+        (scan,), settings = scan_query(opened, [Asked(package, wanted)], settings, shard_cells=SHARD_CELLS)
         influence = package.encoder().gene_influence()
         report = preflight.check(opened, scan, package, settings, influence, sample=sample, surgery=wanted.mode)
     return report.accept(accept)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,7 @@ if TYPE_CHECKING:
 
     from cluster.dispatch import Quarantined
     from pipelines.demo import DemoSummary
-    from pipelines.mapping import MapResult
     from pipelines.reporting import Status
-    from pipelines.surgery import BatchAdapter
     from scviaduct.mapping.preflight import Report
     from scviaduct.references.fetching.searching import Found
     from scviaduct.references.package import Reference, Verification
@@ -202,43 +199,6 @@ def preflight(found: Report, *, as_json: bool) -> None:
     typer.echo(f"Verdict: {found.verdict} ({found.cells:,} cells, {found.sampled:,} sampled).")
 
 
-def mapping(found: MapResult, *, as_json: bool) -> None:
-    """Print what a map run came to."""
-    if as_json:
-        dump({"exit_status": found.exit_status, **asdict(found)})
-        return
-    quarantined(found.quarantined)
-    _adapted(found.adapters)
-    spent = sum(found.seconds.values())
-    size = f"{found.cells:,} cells in {found.units:,} unit{'s' * (found.units != 1)}"
-    if found.state == "planned" and not found.run:
-        typer.echo(f"A run would fit those adapters, then map {size}; nothing was done (--dry-run).")
-    elif found.state == "planned":
-        typer.echo(f"Run {found.run} would map {size}; nothing was mapped (--dry-run).")
-    elif found.state == "nothing to do":
-        typer.echo(f"Run {found.run}: nothing to do, version {found.version} holds its {size}.")
-    elif found.state == "failed":
-        typer.echo(f"Run {found.run}: all of its {size} are in quarantine; nothing was committed.")
-    else:
-        left = f", {len(found.quarantined):,} in quarantine" if found.quarantined else ""
-        held = f"{found.cells_done:,} of its {size}" if found.quarantined else f"its {size}"
-        done = f"{found.mapped_units:,} mapped now{left}; {spent:.1f} s"
-        typer.echo(f"Run {found.run}: version {found.version} holds {held} ({done}).")
-
-
-def _adapted(found: Sequence[BatchAdapter]) -> None:
-    """What became of new batches: one line, and the reasons of those that failed."""
-    if not found:
-        return
-    counts = Counter(item.state for item in found)
-    told = ", ".join(f"{count:,} {state}" for state, count in counts.items())
-    cells = sum(item.cells for item in found)
-    typer.echo(f"Adapters for {len(found):,} new batch{'es' * (len(found) != 1)} ({cells:,} cells): {told}.")
-    for item in found:
-        if item.state == "failed":
-            typer.echo(f"No adapter for {item.batch} ({item.cells:,} cells): {item.reason}", err=True)
-
-
 def status(found: Status, *, as_json: bool) -> None:
     """Print the state of a store, or of one run."""
     if as_json:
@@ -291,10 +251,10 @@ def demo(found: DemoSummary, *, as_json: bool) -> None:
     facts_table(found.facts(), title="scviaduct demo")
 
 
-def quarantined(items: Sequence[Quarantined]) -> None:
-    """Print what could not be done, and why, as an error."""
+def quarantined(items: Sequence[Quarantined], of: str = "") -> None:
+    """Print what could not be done, and why, as an error; ``of`` comes first."""
     for item in items:
         shard = item.unit.shard
         where = f"{shard.dataset_id} rows {shard.start:,}-{shard.stop:,}"
         tries = f"{item.attempts} attempt{'s' * (item.attempts != 1)}"
-        typer.echo(f"Quarantined after {tries}: {where} ({shard.cells:,} cells): {item.reason}", err=True)
+        typer.echo(f"{of}Quarantined after {tries}: {where} ({shard.cells:,} cells): {item.reason}", err=True)

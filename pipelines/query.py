@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, cast, get_args
@@ -16,7 +17,7 @@ from scviaduct.mapping.surgery import CELLS, Mode, Surgery, trained_kl_weight
 from scviaduct.store.schema import cells_schema
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from scviaduct.mapping.batches import QueryBatches
     from scviaduct.mapping.fleet import Fleet
@@ -60,15 +61,58 @@ class Query:
         return make_plan(self.source, self.scan, self.reference, self.settings, self.report.accepted, adapted)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What cells are to be mapped with.
+
+    Attributes
+    ----------
+    reference
+        The package.
+    surgery
+        How new batches are fitted.
+    """
+
+    reference: Reference
+    surgery: Surgery
+
+    def columns(self, settings: Settings) -> tuple[str, ...]:
+        """obs columns that the checks and the surgery look at."""
+        controls = (pair.partition("=")[0] for pair in self.surgery.background)
+        return (*preflight.scan_columns(self.reference, settings), *controls)
+
+    def groups(self, settings: Settings) -> tuple[str, ...]:
+        """obs columns that tell query batches apart."""
+        if self.surgery.mode == "off":
+            return ()
+        return group_columns(self.reference, settings, decoder=self.surgery.decoder)
+
+
 def scan_query(
     source: Source,
-    reference: Reference,
+    asked: Sequence[Asked],
     settings: Settings,
-    surgery: Surgery,
     keep_obs: Sequence[str] = (),
     shard_cells: int = 0,
-) -> tuple[Scan, Settings]:
-    """Scan a source for what the checks, the surgery and the store need; settings get the types of kept columns.
+) -> tuple[list[Scan], Settings]:
+    """Scan a source once, for what the checks, the surgery and the store need.
+
+    Parameters
+    ----------
+    source
+        Open.
+    asked
+        The references.
+    settings
+        Of the mapping.
+    keep_obs, shard_cells
+        As ``map`` takes them.
+
+    Returns
+    -------
+    tuple
+        What a scan for each reference alone says, all of the same shards; and the settings with the types of kept
+        columns.
 
     Raises
     ------
@@ -76,14 +120,38 @@ def scan_query(
         If a kept column is not there or has a name that the store needs itself, or no cell is a named control.
     """
     there = source.obs_columns()
-    grouped = group_columns(reference, settings, decoder=surgery.decoder) if surgery.mode != "off" else ()
-    controls = [pair.partition("=")[0] for pair in surgery.background]
-    columns = dict.fromkeys([*preflight.scan_columns(reference, settings), *keep_obs, *controls])
-    scan = source.scan(shard_cells, list(columns), grouped)
-    _require_background(scan, surgery)
+    columns = dict.fromkeys([*(name for one in asked for name in one.columns(settings)), *keep_obs])
+    groups = tuple(dict.fromkeys(name for one in asked for name in one.groups(settings)))
+    scan = source.scan(shard_cells, list(columns), groups)
     settings = replace(settings, keep_obs=kept_types(scan, keep_obs, there))
     cells_schema(settings.keep_obs)
-    return scan, settings
+    scans = [_share(scan, groups, (*one.columns(settings), *keep_obs), one.groups(settings)) for one in asked]
+    for one, share in zip(asked, scans, strict=True):
+        _require_background(share, one.surgery)
+    return scans, settings
+
+
+def _share(scan: Scan, grouped: Sequence[str], columns: Sequence[str], groups: Sequence[str]) -> Scan:
+    """What a scan for some of the columns and groups says."""
+    own = {*columns, *groups}
+    counts = scan.groups
+    if tuple(groups) != tuple(grouped):
+        at = [grouped.index(name) for name in groups]
+        counts = tuple(_projected(shard, at) for shard in scan.groups) if at else ()
+    return replace(
+        scan,
+        columns={name: summary for name, summary in scan.columns.items() if name in columns},
+        missing={name: where for name, where in scan.missing.items() if name in own},
+        groups=counts,
+    )
+
+
+def _projected(counts: Mapping[tuple[str | None, ...], int], at: Sequence[int]) -> dict[tuple[str | None, ...], int]:
+    """Cells by the values of some of the columns."""
+    found: Counter[tuple[str | None, ...]] = Counter()
+    for values, cells in counts.items():
+        found[tuple(values[i] for i in at)] += cells
+    return dict(found)
 
 
 def _require_background(scan: Scan, surgery: Surgery) -> None:

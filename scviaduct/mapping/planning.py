@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,59 @@ from scviaduct.errors import InputError, SourceError
 from scviaduct.values import Plan, Unit, digest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from scviaduct.mapping.batches import QueryBatches
     from scviaduct.mapping.fleet import Fleet
     from scviaduct.references.package import Reference
     from scviaduct.sources import Source
-    from scviaduct.values import Scan, Settings
+    from scviaduct.values import Scan, Settings, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What one reading of a shard serves: units of one or several references.
+
+    Attributes
+    ----------
+    shard
+        Of all of them.
+    units
+        Position of the reference among those of the command, and its unit.
+    """
+
+    shard: Shard
+    units: tuple[tuple[int, Unit], ...]
+
+    @property
+    def references(self) -> tuple[int, ...]:
+        """Positions of the references."""
+        return tuple(position for position, _ in self.units)
+
+    def only(self, units: Collection[str]) -> Bundle:
+        """The same with some of the units, by their ids."""
+        return replace(self, units=tuple(pair for pair in self.units if pair[1].id in units))
+
+    def split(self) -> tuple[Bundle, ...]:
+        """One for each unit."""
+        return tuple(replace(self, units=(pair,)) for pair in self.units)
+
+
+def bundled(shards: Iterable[Shard], units: Sequence[Sequence[Unit]]) -> list[Bundle]:
+    """Put units of the same shards together.
+
+    Parameters
+    ----------
+    shards
+        Of the scan that all plans were made from; bundles come in their order.
+    units
+        What is left of each reference's plan.
+    """
+    found: dict[Shard, list[tuple[int, Unit]]] = {shard: [] for shard in shards}
+    for position, left in enumerate(units):
+        for unit in left:
+            found[unit.shard].append((position, unit))
+    return [Bundle(shard, tuple(pairs)) for shard, pairs in found.items() if pairs]
 
 
 def kept_types(scan: Scan, keep_obs: Sequence[str], available: Sequence[str]) -> dict[str, str]:

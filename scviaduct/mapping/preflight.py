@@ -14,13 +14,14 @@ from scviaduct.errors import DataError, InputError, NotFitError
 from scviaduct.families import family
 from scviaduct.mapping import checks
 from scviaduct.mapping.mapper import query_batch_key, query_sample_key
-from scviaduct.mapping.reading import read_block
+from scviaduct.mapping.reading import read_block, read_shared
 from scviaduct.sources import open_shard
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from scviaduct.mapping.checks import Finding
+    from scviaduct.mapping.reading import SharedBlock
     from scviaduct.references.package import Reference
     from scviaduct.sources import Source
     from scviaduct.values import CellBlock, FloatArray, Scan, Settings, Shard
@@ -110,13 +111,32 @@ class Report:
         NotFitError
             Naming every finding that stops.
         """
-        if self.verdict == "fit":
-            return
-        stops = [finding for finding in self.findings if finding.level in ("stop", "unknown")]
+        require_fit([self])
+
+
+def require_fit(reports: Sequence[Report]) -> None:
+    """Close the gate unless every reference fits: then nothing is mapped, with none of them.
+
+    Raises
+    ------
+    NotFitError
+        Naming the references that do not fit, and every finding that stops.
+    """
+    closed = [report for report in reports if report.verdict != "fit"]
+    if not closed:
+        return
+    told, overridable = "", set[str]()
+    for report in closed:
+        stops = [finding for finding in report.findings if finding.level in ("stop", "unknown")]
         lines = "".join(f"\n  {finding.name}: {finding.message} {finding.remedy}" for finding in stops)
-        overridable = sorted({finding.name for finding in stops if finding.overridable})
-        remedy = f"\nOverride what you know better: --accept {','.join(overridable)}" if overridable else ""
-        raise NotFitError(f"The query does not fit reference '{self.reference}'; nothing was mapped.{lines}", remedy)
+        told += f"The query does not fit reference '{report.reference}'; nothing was mapped.{lines}\n"
+        overridable |= {finding.name for finding in stops if finding.overridable}
+    remedy = f"\nOverride what you know better: --accept {','.join(sorted(overridable))}" if overridable else ""
+    fitting = [report.reference for report in reports if report not in closed]
+    if fitting:
+        left = " ".join(f"--reference {name}" for name in fitting)
+        remedy += f"\nOr leave {'it' if len(closed) == 1 else 'them'} out: {left}"
+    raise NotFitError(told.rstrip("\n"), remedy)
 
 
 def check(
@@ -128,6 +148,7 @@ def check(
     *,
     sample: int = SAMPLE_CELLS,
     surgery: checks.Surgery = "auto",
+    looked: Sequence[CellBlock | DataError] | None = None,
 ) -> Report:
     """Check a query against a reference.
 
@@ -147,6 +168,8 @@ def check(
     surgery
         What is done about categories that the reference does not know: ``auto`` fits adapters for those that its
         encoder reads, ``decoder`` also for batches that its decoder alone reads, ``off`` fits none.
+    looked
+        The sample, where it was read already (:func:`read_sample`).
     """
     files = {shard.uri: shard for shard in _one_per_file(scan.shards)}
     matches = {uri: checks.match_of(shard, reference) for uri, shard in files.items()}
@@ -154,13 +177,12 @@ def check(
     foreign = tuple(
         checks.features(matches, lambda uri: open_shard(files[uri]).genes(files[uri]), reference.genes, optional)
     )
-    blocks: list[CellBlock] = []
-    errors: list[DataError] = []
-    for shard, limit in _sample(scan.shards, sample):
-        try:
-            blocks.append(read_block(shard, reference, (), limit))
-        except DataError as error:
-            errors.append(error)
+    if looked is None:
+        looked = [
+            _read_or_error(read_block, shard, reference, (), limit) for shard, limit in _sample(scan.shards, sample)
+        ]
+    blocks = [piece for piece in looked if not isinstance(piece, DataError)]
+    errors = [piece for piece in looked if isinstance(piece, DataError)]
     findings: list[Finding] = [
         checks.cells(scan),
         *checks.reading(errors, len(blocks) + len(errors)),
@@ -175,6 +197,20 @@ def check(
     ]
     sampled = sum(block.n_cells for block in blocks)
     return Report(source.uri, source.version, reference.name, scan.cells, len(scan.shards), sampled, tuple(findings))
+
+
+def read_sample(
+    scan: Scan, references: Sequence[Reference], sample: int = SAMPLE_CELLS
+) -> list[SharedBlock | DataError]:
+    """Read once what :func:`check` looks at for each of several references; an error for a piece that is unreadable."""
+    return [_read_or_error(read_shared, shard, references, (), limit) for shard, limit in _sample(scan.shards, sample)]
+
+
+def _read_or_error[**P, Block](read: Callable[P, Block], *told: P.args, **more: P.kwargs) -> Block | DataError:
+    try:
+        return read(*told, **more)
+    except DataError as error:
+        return error
 
 
 def scan_columns(reference: Reference, settings: Settings) -> tuple[str, ...]:

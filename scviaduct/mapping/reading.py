@@ -1,11 +1,15 @@
-"""Reading a shard in a reference's genes, wherever the reader runs."""
+"""Reading a shard in the genes of a reference, or of several at once, wherever the reader runs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from scviaduct.mapping.genes import GeneMatch, match_genes
 from scviaduct.sources import open_shard
+from scviaduct.sources.counts import GeneTarget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,14 +21,61 @@ _MATCHES: dict[tuple[str, str, str], GeneMatch] = {}
 _MATCHES_KEPT = 64  # a match holds 4 bytes a source gene: 64 of 60,000 genes are 15 MB
 
 
+@dataclass(frozen=True, slots=True)
+class SharedBlock:
+    """A shard's counts, read once for several references.
+
+    Attributes
+    ----------
+    block
+        Counts of the source's genes that any of the references reads, in the source's order and not summed: which genes
+        are one differs from reference to reference. For a single reference, and for several of the same genes, they are
+        in the references' genes already.
+    targets
+        Where those genes go, one per reference; None where they are there.
+    """
+
+    block: CellBlock
+    targets: tuple[GeneTarget | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.block.nbytes + sum(target.columns.nbytes for target in self.targets if target)
+
+    def of(self, position: int) -> CellBlock:
+        """The counts in the genes of a reference, as a reading for it alone gives them.
+
+        Parameters
+        ----------
+        position
+            Of the reference, among those that the shard was read for.
+        """
+        block, target = self.block, self.targets[position]
+        if target is None:
+            return block
+        rows = target.align(block.indptr, block.indices, block.data)
+        return replace(block, indptr=rows.indptr, indices=rows.indices, data=rows.data, n_genes=target.n_genes)
+
+
 def gene_match(shard: Shard, reference: Reference) -> GeneMatch:
     """How the genes of a shard's file map onto the reference's; worked out once per file and process."""
-    key = (shard.uri, shard.version, reference.digest)
-    if key not in _MATCHES:
-        while len(_MATCHES) >= _MATCHES_KEPT:
+    return gene_matches(shard, [reference])[0]
+
+
+def gene_matches(shard: Shard, references: Sequence[Reference]) -> list[GeneMatch]:
+    """How the genes of a shard's file map onto those of each reference; the file's are read once."""
+    keys = [(shard.uri, shard.version, reference.digest) for reference in references]
+    found = [_MATCHES.get(key) for key in keys]
+    if None not in found:
+        return [match for match in found if match]
+    genes = open_shard(shard).genes(shard)
+    matches = [match or match_genes(genes, one.genes) for match, one in zip(found, references, strict=True)]
+    for key, match in zip(keys, matches, strict=True):
+        while len(_MATCHES) >= _MATCHES_KEPT and key not in _MATCHES:
             _MATCHES.pop(next(iter(_MATCHES)))
-        _MATCHES[key] = match_genes(open_shard(shard).genes(shard), reference.genes)
-    return _MATCHES[key]
+        _MATCHES[key] = match
+    return matches
 
 
 def read_block(shard: Shard, reference: Reference, columns: Sequence[str], limit: int | None = None) -> CellBlock:
@@ -48,3 +99,35 @@ def read_block(shard: Shard, reference: Reference, columns: Sequence[str], limit
     """
     target = gene_match(shard, reference).target
     return open_shard(shard).read(shard, target, len(reference.genes), columns, limit)
+
+
+def read_shared(
+    shard: Shard, references: Sequence[Reference], columns: Sequence[str], limit: int | None = None
+) -> SharedBlock:
+    """Read a shard's counts once, for several references.
+
+    Parameters
+    ----------
+    shard, columns, limit
+        As :func:`read_block` takes them.
+    references
+        At least one.
+
+    Raises
+    ------
+    SourceChangedError
+        If the source no longer holds the planned cells.
+    """
+    targets = [
+        GeneTarget(match.target, len(reference.genes))
+        for match, reference in zip(gene_matches(shard, references), references, strict=True)
+    ]
+    first, *others = targets
+    if all(one.n_genes == first.n_genes and np.array_equal(one.columns, first.columns) for one in others):
+        block = open_shard(shard).read(shard, first.columns, first.n_genes, columns, limit)
+        return SharedBlock(block, (None,) * len(targets))
+    wanted = np.flatnonzero(np.any([one.columns >= 0 for one in targets], axis=0))
+    union = np.full(len(first.columns), -1, np.int32)
+    union[wanted] = np.arange(len(wanted), dtype=np.int32)
+    block = open_shard(shard).read(shard, union, len(wanted), columns, limit)
+    return SharedBlock(block, tuple(GeneTarget(one.columns[wanted], one.n_genes) for one in targets))

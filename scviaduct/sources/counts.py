@@ -78,7 +78,7 @@ class GeneTarget:
         return cls(columns, n_genes)
 
     def align(self, indptr: LongArray, indices: npt.NDArray[np.integer], data: npt.NDArray[np.generic]) -> Rows:
-        """Map the genes of some rows, sum those that share a column, sort.
+        """Map the genes of some rows, sum those that share a column, sort; what is given stays as it is.
 
         Parameters
         ----------
@@ -94,7 +94,7 @@ class GeneTarget:
             indptr, columns, data = counted[indptr], columns[kept], data[kept]
         # scipy only sums 32-bit columns without a copy if the pointers are 32-bit too; a slab never has 2**31 values.
         matrix = sparse.csr_matrix(
-            (data.astype(np.float32, copy=False), columns, indptr.astype(np.int32)),
+            (data.astype(np.float32), columns, indptr.astype(np.int32)),  # sums happen in place
             shape=(len(indptr) - 1, self.n_genes),
         )
         matrix.sum_duplicates()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,106 @@ def test_a_block_larger_than_the_budget_still_goes_through(pool_of):
 
 def test_no_units_start_no_actor(pool_of):
     assert not run(pool_of(), []).completions
+
+
+class Pairs:
+    """Items of several units, as a test tells them: a unit's start is the shard's; what failed comes back by it."""
+
+    def units(self, item):
+        return item.of
+
+    def split(self, item):
+        return [item.only(unit) for unit in item.of]
+
+    def failed(self, item, result):
+        return [(item.only(unit), *result[unit.shard.start]) for unit in item.of if result[unit.shard.start]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    of: tuple[Unit, ...]
+
+    @property
+    def shard(self):
+        return self.of[0].shard
+
+    def only(self, unit):
+        return Pair((unit,))
+
+
+@pytest.fixture
+def pairs_of(local_ray, tmp_path):
+    """A pool of pairs whose units fail, or kill their actor, as they are told."""
+    ray = local_ray
+
+    def build(faults):
+        log = str(tmp_path)
+
+        @ray.remote(num_returns=2, num_cpus=0.5)
+        def read(starts):
+            return 8, starts
+
+        @ray.remote(num_cpus=0.5)
+        class Worker:
+            def describe(self):
+                return {}
+
+            def run(self, starts):
+                import os
+                from pathlib import Path
+
+                told = {}
+                for start in starts:
+                    count = len(list(Path(log).glob(f"map-{start}-*")))
+                    Path(log, f"map-{start}-{count}").touch()
+                    fault = faults.get(start, ())
+                    told[start] = fault[count] if count < len(fault) else None
+                    if told[start] == "die":
+                        os._exit(1)
+                return told
+
+        class Pool:
+            def read(self, item):
+                return tuple(read.remote([unit.shard.start for unit in item.of]))
+
+            def start(self):
+                return Worker.remote()
+
+            def ready(self, actor):
+                return actor.describe.remote()
+
+            def map(self, actor, item, block):
+                return actor.run.remote(block)
+
+        return Pool()
+
+    return build
+
+
+def paired(pool, work):
+    done, bad = set(), []
+
+    def on_done(item, result):
+        done.update(unit.shard.start for unit in item.of if not result[unit.shard.start])
+
+    pairs = [Pair(tuple(work[i : i + 2])) for i in range(0, len(work), 2)]
+    outcome = Dispatcher(pool, Limits(actors=1, readers=1), on_done, bad.append, Pairs()).run(pairs)
+    assert outcome.quarantined == bad
+    return done, {item.unit.shard.start: (item.attempts, item.reason) for item in bad}
+
+
+def test_of_an_item_only_what_failed_is_tried_again(pairs_of, tmp_path):
+    again, wrong = ("OSError: full", False), ("DataError: nan", True)
+    done, bad = paired(pairs_of({0: [again], 2: [again] * 9, 5: [wrong]}), units(6))
+    assert done == {0, 1, 3, 4}
+    assert bad == {2: (3, "OSError: full"), 5: (1, "DataError: nan")}
+    assert [tries(tmp_path, "map", i) for i in range(6)] == [2, 1, 3, 1, 1, 1]
+
+
+def test_a_unit_that_kills_its_actor_does_not_take_the_others_of_its_item_along(pairs_of):
+    """The one that comes after it in the item is done, too: the last try is made a unit at a time."""
+    done, bad = paired(pairs_of({0: ["die"] * 9, 3: ["die"]}), units(4))
+    assert done == {1, 2, 3}
+    assert [*bad] == [0]
+    assert bad[0][0] == 3
+    assert "ActorDied" in bad[0][1]

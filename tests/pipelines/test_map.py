@@ -135,7 +135,7 @@ def test_inline_quarantines_what_the_dispatcher_would_and_gives_threads_back(sym
         tried.append(shard.start)
         raise ConnectionError("gone away")
 
-    monkeypatch.setattr("pipelines.running.read_block", flaky)
+    monkeypatch.setattr("pipelines.together.read_shared", flaky)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

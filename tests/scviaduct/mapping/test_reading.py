@@ -10,7 +10,7 @@ from scipy import sparse
 
 from scviaduct.errors import DataError, SourceChangedError
 from scviaduct.mapping import reading
-from scviaduct.mapping.reading import gene_match, read_block
+from scviaduct.mapping.reading import gene_match, read_block, read_shared
 from scviaduct.references.package import Reference
 from scviaduct.values import GeneTable
 
@@ -130,3 +130,59 @@ def test_rows_that_are_not_those_planned(write, scan, make_cells, reference):
     (shard,) = scan(write(make_cells())).shards
     with pytest.raises(SourceChangedError, match="select 59 cells, not the 60 that were planned"):
         read_block(replace(shard, stop=59), reference, ())
+
+
+@pytest.fixture
+def named(tmp_path):
+    """References that know some genes by a column."""
+
+    def make(name, genes, column="index"):
+        facts = {"genes": GeneTable({column: tuple(genes)}), "n_latent": 10, "encode_covariates": False}
+        return Reference(path=tmp_path, name=name, digest=name * 8, family="SCVI", scvi_version="1.5.1", **facts)
+
+    return make
+
+
+OTHERS = {
+    "half of them": lambda genes: genes[10:30],
+    "others": lambda genes: genes[1::2],
+    "the same": lambda genes: genes[::2][::-1],
+    "one that is not there": lambda genes: ("ENSG99999999999", *genes[:3]),
+}
+
+
+@pytest.mark.parametrize("which", OTHERS)
+def test_what_is_read_for_several_is_to_the_bit_what_is_read_for_each(which, write, scan, make_cells, named):
+    adata = make_cells()
+    genes = tuple(adata.var_names)
+    references = [named("odd", genes[::2][::-1]), named("other", OTHERS[which](genes))]
+    (shard,) = scan(write(adata)).shards
+    shared = read_shared(shard, references, ("age",))
+    for at, reference in enumerate(references):
+        assert_same(shared.of(at), read_block(shard, reference, ("age",)))
+
+
+def test_genes_that_are_one_to_one_reference_and_two_to_another(write, scan, make_cells, named):
+    """Three source genes of one symbol are summed for the reference that knows symbols, fractions too."""
+    adata = make_cells()
+    adata.X.data += np.float32(0.1)
+    adata.var["symbol"] = [f"S{i // 3}" for i in range(adata.n_vars)]
+    references = [
+        named("symbols", sorted(set(adata.var["symbol"])), "symbol"),
+        named("ids", adata.var_names[::-1]),
+    ]
+    (shard,) = scan(write(adata)).shards
+    shared = read_shared(shard, references, (), 40)
+    for at, reference in enumerate(references):
+        assert_same(shared.of(at), read_block(shard, reference, (), 40))
+    assert shared.of(0).indices.max() == len(references[0].genes) - 1
+    assert shared.nbytes > shared.block.nbytes
+
+
+def assert_same(left, right):
+    assert (left.shard, left.n_genes) == (right.shard, right.n_genes)
+    assert left.obs.equals(right.obs)
+    for name in ("indptr", "indices", "data", "rows"):
+        one, other = getattr(left, name), getattr(right, name)
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other, err_msg=name)
