@@ -19,6 +19,7 @@ from pipelines import printing
 from pipelines.cli_adapter import app as adapter_app
 from pipelines.cli_choose import choose
 from pipelines.cli_derive import derive
+from pipelines.cli_index import index
 from pipelines.cli_publish import publish
 from pipelines.cli_reference import app as reference_app
 from pipelines.cli_train import train
@@ -85,6 +86,7 @@ app.command()(train)
 app.command()(choose)
 app.command()(publish)
 app.command()(derive)
+app.command()(index)
 app.add_typer(adapter_app, name="adapter")
 
 
@@ -212,6 +214,10 @@ def search(
     ] = None,
     out: Annotated[str | None, Option(help="Write the hits to this parquet file.")] = None,
     exact: Annotated[bool, Option("--exact", help="Compare with every cell, without the index.")] = False,
+    actors: Annotated[
+        int | None, Option(help="Search on Ray, with so many actors that hold a slice of the index each.")
+    ] = None,
+    address: Annotated[str | None, Option(help="Ray cluster for --actors: local, auto or HOST:PORT.")] = None,
     reference: SpaceOf = None,
     package: Annotated[
         str | None, Option(help="Path of the space's package, for --cells, where it is not registered.")
@@ -235,6 +241,8 @@ def search(
         where=where,
         out=out,
         exact=exact,
+        actors=actors,
+        address=address,
         reference=reference,
         package=package,
         batch_key=batch_key or "",

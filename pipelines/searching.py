@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,12 @@ from scviaduct.mapping.reading import read_block
 from scviaduct.references.registry import Registry
 from scviaduct.sources import open_source
 from scviaduct.store import Store
-from scviaduct.store.search import Queries, stored_queries
-from scviaduct.store.search import search as search_space
+from scviaduct.store.index import ensure_index
+from scviaduct.store.search import Queries, Searcher
 from scviaduct.values import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import pyarrow as pa
 
@@ -40,6 +41,8 @@ def search(
     where: str | None = None,
     out: str | Path | None = None,
     exact: bool = False,
+    actors: int | None = None,
+    address: str | None = None,
     reference: str | None = None,
     package: str | None = None,
     batch_key: str = "",
@@ -70,6 +73,11 @@ def search(
         Parquet file to write the hits to.
     exact
         Compare with every cell, without the index.
+    actors
+        Search on Ray, with so many actors at most that hold a slice of the index each; None for this process. What is
+        found is the same.
+    address
+        Ray cluster, for ``actors``: ``local``, ``auto`` or ``HOST:PORT``.
     reference
         Space of the store, by its reference; needed if the store has several.
     package
@@ -106,21 +114,45 @@ def search(
     # Both steps read the same version, whoever commits between them.
     version = space.snapshot(as_of).version
     with reporter(quiet=quiet) as progress:
+        queries = None
         if cells is not None:
             settings = Settings(batch_key=batch_key, sample_key=sample_key)
             queries = _map_queries(space, cells, package, settings, accept)
-        else:
-            quoted = (label or "").replace("'", "''")
-            queries = stored_queries(space, stored if stored is not None else f"label = '{quoted}'", version)
-        hits = search_space(space, queries, k, where=where, as_of=version, exact=exact)
+        quoted = (label or "").replace("'", "''")
+        condition = stored if stored is not None else f"label = '{quoted}'"
+        with _searcher(space, version, actors, address) as searcher:
+            mine = queries if queries is not None else searcher.stored(condition)
+            hits = searcher.search(mine, k, where, exact=exact)
+        measured = f" (measured on {hits.measured})" if hits.measured else ""
         progress.say(
-            f"{len(queries.ids):,} query cells against {hits.candidates:,} cells of version {hits.version}:"
-            f" {hits.method}, recall {hits.recall:.3f}"
+            f"{len(mine.ids):,} query cells against {hits.candidates:,} cells of version {hits.version}:"
+            f" {hits.method}, recall {hits.recall:.4f}{measured}"
         )
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(hits.table, out)
     return hits.table
+
+
+@contextmanager
+def _searcher(space: Space, version: int, actors: int | None, address: str | None) -> Iterator[Searcher]:
+    """What searches a version: this process, or actors on Ray."""
+    if actors is None:
+        yield space.searcher(version)
+        return
+    from actors.searching import Fan
+    from cluster.connect import connect
+
+    index = ensure_index(space, version)
+    cells = [part.cells for part in index.manifest.parts]
+    with connect(address) as resources:
+        gpus = 1.0 if resources.gpus >= min(actors, len(cells)) else 0.0
+        cpus = min(1.0, resources.cpus / (actors + 1))
+        fan = Fan(str(space.path / "index" / f"{version}"), cells, actors, cpus, gpus)
+        try:
+            yield Searcher(index, space.name, fan)
+        finally:
+            fan.close()
 
 
 def _map_queries(space: Space, cells: str, path: str | None, settings: Settings, accept: Sequence[str]) -> Queries:

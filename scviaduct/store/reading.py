@@ -127,7 +127,7 @@ def read_units(
     condition = parse_where(where, snapshot.schema) if where else None
     needed = list(dict.fromkeys([*names, *(condition.columns if condition else ())]))
     derived = DerivedColumns(space, snapshot.derived.values())
-    for pair in sorted(snapshot.pairs.values(), key=_order):
+    for pair in sorted(snapshot.pairs.values(), key=order_of):
         table = _read_pair(space, snapshot, pair, needed, derived)
         if condition:
             table = table.filter(condition.expression)
@@ -144,7 +144,7 @@ def read_sorted(space: Path, snapshot: Snapshot, where: str | None) -> Iterator[
     ready: list[pa.Table] = []
     source = ""
     for pair, table in read_units(space, snapshot, None, where):
-        at, first = _order(pair)
+        at, first = order_of(pair)
         if at != source:
             ready += _merged(held)
             held, source = [], at
@@ -170,7 +170,8 @@ def _merged(parts: Sequence[pa.Table]) -> list[pa.Table]:
     return [rows.take(pa.array(order))]
 
 
-def _order(pair: Pair) -> tuple[str, int]:
+def order_of(pair: Pair) -> tuple[str, int]:
+    """What units are ordered by: source and first row."""
     return pair.cells.source, pair.cells.first_row or 0
 
 

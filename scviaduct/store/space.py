@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from scviaduct.store.search import Searcher
+
 _TRIES = 20
 _TOLD = "scviaduct."
 
@@ -308,6 +310,20 @@ class Space(Derives):
         if where is None:
             return self.snapshot(as_of).cells
         return sum(len(table) for table in self.read(["unit"], where, as_of))
+
+    def searcher(self, as_of: int | None = None, threads: int | None = None) -> Searcher:
+        """Open a version's index for searches, and build it first if it is not there.
+
+        Parameters
+        ----------
+        as_of
+            Version; None for the newest.
+        threads
+            That queries are spread over; None for one a core of this process.
+        """
+        from scviaduct.store.search import Searcher  # which needs numba, and reads spaces
+
+        return Searcher.open(self, as_of, threads)
 
 
 def _said(told: Mapping[str, str], latents: int, cells: int, derived: Mapping[str, Derived]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from scviaduct import faults
 from scviaduct.store.files import read_json, size, write_once, write_parquet
+from scviaduct.store.index.assigned import assign
 from scviaduct.store.schema import unit_rows
 from scviaduct.store.tables import DataFile
 
@@ -99,6 +100,7 @@ class Stager:
             # The winner's files were removed since; this attempt takes its place.
             record.unlink(missing_ok=True)
         faults.point("recorded")
+        assign(space, files[0].name, mapping.latent[mapping.mapped])
         return completion
 
 

@@ -64,10 +64,13 @@ class Condition:
         What Arrow evaluates.
     columns
         Columns that it reads.
+    terms
+        Conditions that all hold where this one does, as ``and`` joins them; itself alone where it is no conjunction.
     """
 
     expression: pc.Expression
     columns: tuple[str, ...]
+    terms: tuple[tuple[pc.Expression, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class _Parser:
         self._next = 0
         self._depth = self._comparisons = 0
         self._columns: dict[str, None] = {}
+        self._terms: list[tuple[pc.Expression, tuple[str, ...]]] = []
 
     def _scan(self) -> list[_Token]:
         tokens, at, text = [], 0, self._text.rstrip()
@@ -126,7 +130,8 @@ class _Parser:
         token = self._tokens[self._next]
         if token.kind != "end":
             raise self._error("goes on where it should end", token.at)
-        return Condition(expression, tuple(self._columns))
+        columns = tuple(self._columns)
+        return Condition(expression, columns, tuple(self._terms) or ((expression, columns),))
 
     def _take(self, *words: str) -> bool:
         taken = self._tokens[self._next].says(*words)
@@ -141,13 +146,25 @@ class _Parser:
         left = self._and()
         while self._take("or"):
             left = left | self._and()
+            if self._depth == 0:
+                self._terms = []
         return left
 
     def _and(self) -> pc.Expression:
-        left = self._not()
+        left = self._term()
         while self._take("and"):
-            left = left & self._not()
+            left = left & self._term()
         return left
+
+    def _term(self) -> pc.Expression:
+        """A term, which is noted with its columns if no parentheses hold it."""
+        if self._depth:
+            return self._not()
+        before, self._columns = self._columns, {}
+        term = self._not()
+        self._terms.append((term, tuple(self._columns)))
+        self._columns = before | self._columns
+        return term
 
     def _not(self) -> pc.Expression:
         token = self._tokens[self._next]

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from scviaduct.errors import StoreError
-from scviaduct.store import index as index_module
-from scviaduct.store import search as search_module
-from scviaduct.store.index import IVF_FROM, ensure_index, manifest_of
-from scviaduct.store.search import Queries, search, stored_queries
+from scviaduct.store.index import IVF_FROM, Index, building, ensure_index, manifest_of
+from scviaduct.store.index import rows as rows_module
+from scviaduct.store.search import Queries, Searcher, search, stored_queries
 from tests.scviaduct.store.synthetic import DIGEST, Lab, Store
 
 CELLS, WIDTH, K = 22_000, 10, 30
@@ -80,11 +79,12 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("exact_up_to", [search_module.EXACT_UP_TO, 0], ids=["as planned", "index through the filter"])
+@pytest.mark.parametrize("planned", [True, False], ids=["as planned", "index through the filter"])
 @pytest.mark.parametrize("where", FILTERS)
-def test_neighbours_are_found(atlas, monkeypatch, where, exact_up_to):
+def test_neighbours_are_found(atlas, monkeypatch, where, planned):
     lab, latent, obs = atlas
-    monkeypatch.setattr(search_module, "EXACT_UP_TO", exact_up_to)
+    if not planned:
+        monkeypatch.setattr(Searcher, "exact_limit", lambda *_: 0)
     rng = np.random.default_rng(1)
     picked = latent[rng.integers(1, 9_000, 100)]
     # half of the queries lie among the cells, half off; far off, a filter needs the more lists that its share asks for
@@ -93,7 +93,7 @@ def test_neighbours_are_found(atlas, monkeypatch, where, exact_up_to):
     queries = Queries(["q"] * 100, [f"{i}" for i in range(100)], query)
     chosen = FILTERS[where](obs)
     hits = search(lab.space, queries, K, where=where)
-    planned = exact_up_to and where is not None
+    planned = planned and where is not None
     assert hits.method == ("exact on the selected cells" if planned else "IVF-Flat")
     assert hits.candidates == (chosen & np.isfinite(latent).all(axis=1)).sum()
     recall = recall_of(hits, query, latent, chosen)
@@ -148,9 +148,10 @@ def test_a_newer_version_makes_it_stale(lab):
     lab.put(range(3))
     assert manifest_of(lab.space) is None
     assert found_ids(lab) == {"c0", "c1", "c2"}
-    built = (lab.space.path / "index" / "1" / "vectors.f32").stat()
+    (vectors,) = (lab.space.path / "index" / "1").glob("*/vectors.f32")
+    built = vectors.stat()
     assert found_ids(lab) == {"c0", "c1", "c2"}
-    again = (lab.space.path / "index" / "1" / "vectors.f32").stat()
+    again = vectors.stat()
     assert (again.st_ino, again.st_mtime_ns) == (built.st_ino, built.st_mtime_ns)
     lab.put(range(2, 5), stamp=1, unmapped=[4])
     assert manifest_of(lab.space).version == 1
@@ -180,24 +181,25 @@ def test_old_indexes_are_removed(lab):
     assert folders(lab) == ["3", "4"]
 
 
-@pytest.mark.parametrize("missing", ["manifest.json", "vectors.f32", "rows.arrow", "ivf.faiss"])
+@pytest.mark.parametrize("missing", ["manifest.json", "*/vectors.f32", "*/rows-*.arrow", "centroids-*.npy"])
 def test_an_index_that_is_removed_while_it_is_opened(lab, monkeypatch, missing):
     lab.put(range(50))
-    monkeypatch.setattr(index_module, "IVF_FROM", 1)
+    monkeypatch.setattr(building, "IVF_FROM", 1)
     ensure_index(lab.space)
-    opening, times = index_module.Index.open, []
+    opening, times = Index.open, []
 
     def remove_first(folder):
         times.append(folder)
         if len(times) == 1:
-            (folder / missing).unlink()
+            (file,) = folder.glob(missing)
+            file.unlink()
             if missing != "manifest.json":
                 with pytest.raises(FileNotFoundError):
                     opening(folder)
             shutil.rmtree(folder)
         return opening(folder)
 
-    monkeypatch.setattr(index_module.Index, "open", remove_first)
+    monkeypatch.setattr(Index, "open", remove_first)
     assert found_ids(lab) == {f"c{row}" for row in range(50)}
     assert len(times) == 2
     assert folders(lab) == ["1"]
@@ -206,14 +208,15 @@ def test_an_index_that_is_removed_while_it_is_opened(lab, monkeypatch, missing):
 def test_an_index_without_one_of_its_files(lab):
     lab.put(range(3))
     found_ids(lab)
-    (lab.space.path / "index" / "1" / "rows.arrow").unlink()
-    with pytest.raises(StoreError, match=r"index of version 1 misses a file .*rows\.arrow.* Remove '.*/index/1'"):
+    (rows,) = (lab.space.path / "index" / "1").glob("*/rows-*.arrow")
+    rows.unlink()
+    with pytest.raises(StoreError, match=r"index of version 1 misses a file .*rows-.*\.arrow.* Remove '.*/index/1'"):
         found_ids(lab)
 
 
 def test_text_that_repeats_is_stored_once(lab, monkeypatch):
     """Columns of any unit, with and without nulls; one whose values are too many stays plain."""
-    monkeypatch.setattr(index_module, "_VALUES", 10)
+    monkeypatch.setattr(rows_module, "VALUES", 10)
     kept = {"few": "string", "many": "string", "none": "string"}
     obs = {"few": ["a", None, "b"] * 10, "many": [f"m{i}" for i in range(30)], "none": [None] * 30}
     other = {"few": ["c", "a", None], "many": ["m0", "m1", "x"], "none": [None] * 3}
@@ -249,7 +252,8 @@ def test_text_that_repeats_is_stored_once(lab, monkeypatch):
 def test_the_rows_of_an_index_are_small(atlas):
     lab, *_ = atlas
     ensure_index(lab.space)
-    size = (lab.space.path / "index" / f"{lab.space.head()}" / "rows.arrow").stat().st_size
+    folder = lab.space.path / "index" / f"{lab.space.head()}"
+    size = sum(file.stat().st_size for file in folder.glob("*/rows-*.arrow"))
     assert size / CELLS < 110
 
 
@@ -269,13 +273,13 @@ def test_builders_at_once_share_one(lab):
 
 def test_a_build_that_fails_leaves_nothing(lab, monkeypatch):
     lab.put(range(3))
-    monkeypatch.setattr(index_module, "IVF_FROM", 1)
+    monkeypatch.setattr(building, "IVF_FROM", 1)
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_module, "_build_ivf", fail)
+        patch.setattr(building.calibration, "calibrate", fail)
         with pytest.raises(OSError, match="No space left"):
             found_ids(lab)
     assert folders(lab) == []

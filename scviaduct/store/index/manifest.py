@@ -1,0 +1,144 @@
+"""What the index of a version is, and where indexes lie."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from scviaduct.store.space import Space
+
+FORMAT = 2
+"""Version of the files of an index: one of another format is built anew."""
+_KEPT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A segment, as a version sees it.
+
+    Attributes
+    ----------
+    id
+        Folder of the segment.
+    rows
+        Which rows go with the vectors: a digest of columns and derived sets.
+    cells
+        Vectors in it that the version names.
+    bases
+        Position of each file's first cell among the version's cells; -1 for a file that the version does not name.
+    """
+
+    id: str
+    rows: str
+    cells: int
+    bases: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the version names all of its files."""
+        return all(base >= 0 for base in self.bases)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an index is.
+
+    Attributes
+    ----------
+    version
+        Of the space.
+    cells, dimensions
+        Size; cells without a latent are not in it.
+    lists, probes
+        Of the IVF index: all lists, and those that a query looks into; 0 for an exact index.
+    recall
+        Measured share of the 30 true neighbours found, over a sample of the index's own cells; 1 for an exact index.
+    sample
+        Cells of that sample.
+    quantizer
+        Digest of the centroids; empty for an exact index.
+    parts
+        Its segments.
+    """
+
+    version: int
+    cells: int
+    dimensions: int
+    lists: int
+    probes: int
+    recall: float
+    sample: int
+    quantizer: str
+    parts: tuple[Part, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write it, as the last file of an index."""
+        (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, **asdict(self)}))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read it back.
+
+        Raises
+        ------
+        FileNotFoundError
+            If it is not there.
+        """
+        return cls.heard(json.loads((folder / "manifest.json").read_text()))
+
+    @classmethod
+    def heard(cls, told: dict[str, Any]) -> Self:
+        """Of what :meth:`save` wrote."""
+        parts = tuple(
+            Part(part["id"], part["rows"], part["cells"], tuple(part["bases"])) for part in told.pop("parts", ())
+        )
+        told.pop("format", None)
+        return cls(**{"sample": 0, "quantizer": "", **told}, parts=parts)
+
+
+def is_built(folder: Path) -> bool:
+    """Whether an index of this format is there."""
+    try:
+        told = json.loads((folder / "manifest.json").read_text())
+    except FileNotFoundError:
+        return False
+    return bool(told.get("format") == FORMAT)
+
+
+def built(space: Path) -> list[Path]:
+    """Folders of the indexes that there are, the newest version's first."""
+    folders = (path for path in space.glob("index/*") if path.name.isdigit())
+    return sorted(folders, key=lambda path: -int(path.name))
+
+
+def manifest_of(space: Space) -> Manifest | None:
+    """Manifest of the newest index that there is; None if there is none."""
+    for folder in built(space.path):
+        with suppress(FileNotFoundError):  # it was just removed
+            return Manifest.load(folder)
+    return None
+
+
+def remove_old(space: Path, mine: Path) -> None:
+    """Remove all indexes but the newest two and the one that was just built."""
+    for folder in built(space)[_KEPT:]:
+        if folder != mine:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove an index.
+
+    It is renamed first: nobody finds a part of one, and whoever has opened it keeps what is mapped.
+    """
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    with suppress(OSError):  # someone else removed it, or may and this one may not
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,197 @@
+"""Comparing queries with segments: all of their cells, or those of some lists."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from scviaduct.store.index.kernels import LAST, invert, scan, settle
+from scviaduct.store.index.quantizer import cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from scviaduct.store.index.segments import Segment
+    from scviaduct.values import FloatArray, IntArray, LongArray
+
+SLOT = 40
+"""A slot is the number of a segment, shifted by so many bits, plus the place of a vector in it."""
+_ALONE = 64  # queries of a thread, below which starting it takes longer
+
+
+def frozen(values: npt.NDArray[Any]) -> Any:
+    """A view that cannot be written to: the loops are compiled for such, which memory-mapped arrays are."""
+    view = values.view()
+    view.flags.writeable = False
+    return view
+
+
+_ALL = np.zeros(0, np.int64), np.zeros(0, np.int32)
+_EVERY = frozen(np.zeros(0, bool))
+
+
+class Found(NamedTuple):
+    """Neighbours of queries, the nearest first; ties in the order of positions.
+
+    Attributes
+    ----------
+    distance
+        Squared, float32, shape ``(n_queries, k)``; infinite where there are fewer neighbours.
+    position
+        Among the version's cells, int64, shape ``(n_queries, k)``.
+    slot
+        Segment and place of each, int64, shape ``(n_queries, k)``; -1 for none.
+    """
+
+    distance: FloatArray
+    position: LongArray
+    slot: LongArray
+
+    @classmethod
+    def none(cls, queries: int, k: int) -> Found:
+        """No neighbours."""
+        return cls(
+            np.full((queries, k), np.inf, np.float32),
+            np.full((queries, k), LAST, np.int64),
+            np.full((queries, k), -1, np.int64),
+        )
+
+    @classmethod
+    def merged(cls, parts: Sequence[Found], k: int) -> Found:
+        """The k nearest of several."""
+        if len(parts) == 1:
+            return parts[0]
+        distance = np.concatenate([part.distance for part in parts], axis=1)
+        position = np.concatenate([part.position for part in parts], axis=1)
+        slot = np.concatenate([part.slot for part in parts], axis=1)
+        order = np.lexsort((position, distance), axis=1)[:, :k]
+        distance, position = np.take_along_axis(distance, order, 1), np.take_along_axis(position, order, 1)
+        return cls(distance, position, np.take_along_axis(slot, order, 1))
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Found]) -> Found:
+        """What was found for parts of the queries, one after the other."""
+        return cls(
+            np.concatenate([part.distance for part in parts]),
+            np.concatenate([part.position for part in parts]),
+            np.concatenate([part.slot for part in parts]),
+        )
+
+    def replace(self, queries: LongArray, better: Found) -> None:
+        """Put in what was found for some of the queries."""
+        self.distance[queries], self.position[queries], self.slot[queries] = better
+
+
+class Block(NamedTuple):
+    """Vectors that are compared, in lists; arrays as :func:`scviaduct.store.index.kernels.scan` takes them."""
+
+    x: FloatArray
+    offsets: LongArray
+    files: IntArray
+    rows: IntArray
+    bases: LongArray
+    mask: npt.NDArray[np.bool_]
+    first: int
+
+    @classmethod
+    def of(cls, number: int, segment: Segment, mask: npt.NDArray[np.bool_] = _EVERY) -> Block:
+        """A segment, or those of its vectors that a mask names."""
+        bases = frozen(segment.bases)
+        return cls(segment.x, segment.offsets, segment.files, segment.rows, bases, frozen(mask), number << SLOT)
+
+    @classmethod
+    def plain(cls, x: FloatArray, offsets: LongArray, positions: IntArray) -> Block:
+        """Vectors whose positions are told one by one."""
+        files, bases = np.zeros(len(positions), np.int32), np.zeros(1, np.int64)
+        return cls(frozen(x), frozen(offsets), frozen(files), frozen(positions), frozen(bases), _EVERY, 0)
+
+
+def scan_blocks(blocks: Sequence[Block], latent: FloatArray, k: int) -> Found:
+    """Compare queries with every vector of blocks."""
+    found = Found.none(len(latent), k)
+    for block in blocks:
+        scan(*block[:6], *_ALL, latent, *found, block.first)
+    settle(*found)
+    return found
+
+
+def scan_lists(blocks: Sequence[Block], latent: FloatArray, k: int, order: LongArray, upto: LongArray) -> Found:
+    """Compare each query with some lists of blocks.
+
+    The nearest list of each comes first, so that most of what the others hold is too far already; then each list is
+    read once for all of its queries.
+
+    Parameters
+    ----------
+    blocks
+        All of the same lists.
+    latent, k
+        Queries, float32, shape ``(n_queries, dimensions)``; neighbours of each.
+    order, upto
+        int64, shape ``(n_queries, n)``: lists of each, the nearest first; shape ``(n_queries,)``: how many of them.
+    """
+    found = Found.none(len(latent), k)
+    lists = len(blocks[0].offsets) - 1 if blocks else 0
+    nearest = np.minimum(upto, 1)
+    for begin, end in ((0, nearest), (1, upto)):
+        pairs = invert(order, begin, end, lists)
+        for block in blocks:
+            scan(*block[:6], *pairs, latent, *found, block.first)
+    settle(*found)
+    return found
+
+
+def scan_all(segments: Mapping[int, Segment], latent: FloatArray, k: int) -> Found:
+    """Compare queries with every vector of segments."""
+    return scan_blocks([Block.of(*one) for one in segments.items()], latent, k)
+
+
+class Coarse(NamedTuple):
+    """The centroids of lists, to find those that are nearest to a query.
+
+    Attributes
+    ----------
+    block
+        Centroids, as one list.
+    lists
+        int64: list of each centroid.
+    """
+
+    block: Block
+    lists: LongArray
+
+    @classmethod
+    def of(cls, centroids: FloatArray, among: LongArray | None = None) -> Coarse:
+        """All centroids, float32, shape ``(lists, dimensions)``, or those of some lists."""
+        lists = np.arange(len(centroids)) if among is None else among
+        m = len(lists)
+        x = np.ascontiguousarray(centroids[lists].T).ravel()
+        return cls(Block.plain(x, np.array([0, m]), np.arange(m, dtype=np.int32)), lists)
+
+    def nearest(self, latent: FloatArray, n: int) -> LongArray:
+        """The n nearest lists of each query, the nearest first, int64, shape ``(n_queries, n)``."""
+        return self.lists[scan_blocks([self.block], latent, n).position]
+
+
+def threaded(call: Callable[..., Found], *arrays: Any, threads: int | None = None) -> Found:
+    """Call with parts of the queries, a thread each; what is found does not depend on their number.
+
+    Parameters
+    ----------
+    call
+        Takes parts of ``arrays``, row for row.
+    arrays
+        A row per query.
+    threads
+        Threads at most; None for one a core of this process.
+    """
+    count = max(1, min(threads or cores(), len(arrays[0]) // _ALONE))
+    if count == 1:
+        return call(*arrays)
+    parts = zip(*(np.array_split(one, count) for one in arrays), strict=True)
+    with ThreadPoolExecutor(count) as pool:
+        return Found.stacked(list(pool.map(lambda part: call(*part), parts)))

@@ -1,0 +1,269 @@
+"""Segments: the vectors and rows of some files of a space, list after list; written once, and memory-mapped.
+
+A segment depends on its files, which never change, and on the quantizer, so that versions share it: the folder of each
+has hard links to it. What a version does not name any more of it is masked by a negative base.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from scviaduct.store.index.assigned import assigned
+from scviaduct.store.index.kernels import fetch, pack
+from scviaduct.store.index.manifest import FORMAT, Part
+from scviaduct.store.index.quantizer import Quantizer, cached
+from scviaduct.store.index.rows import open_table, write_rows
+from scviaduct.store.reading import read_units
+from scviaduct.store.space import Space
+from scviaduct.values import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from scviaduct.store.reading import Snapshot
+    from scviaduct.values import FloatArray, IntArray, LongArray
+
+_VECTORS = ("vectors.f32", "offsets.i64", "members.i32", "segment.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A segment to write; picklable. Its memory is bounded by its cells: vectors and rows of them, twice.
+
+    Attributes
+    ----------
+    space, version
+        Folder of the space, and which version's columns the rows have.
+    names
+        Files, in the order of the version.
+    folder
+        Of the index that is being built.
+    quantizer
+        Digest of the centroids in that folder; empty for one list.
+    rows
+        What the rows are called by.
+    threads
+        Of faiss.
+    """
+
+    space: str
+    version: int
+    names: tuple[str, ...]
+    folder: str
+    quantizer: str
+    rows: str
+    threads: int = 1
+
+    @property
+    def id(self) -> str:
+        """Folder of the segment: what decides its vectors."""
+        return digest("segment", FORMAT, self.quantizer, list(self.names))
+
+    def run(self) -> str:
+        """Write what is not there yet of the segment; its id."""
+        space, folder = Space(Path(self.space)), Path(self.folder) / self.id
+        folder.mkdir(exist_ok=True)
+        snapshot = space.snapshot(self.version)
+        snapshot = replace(snapshot, pairs={name: snapshot.pairs[name] for name in self.names})
+        if (folder / "segment.json").exists():  # of other rows
+            segment = Segment.open(Part(self.id, "", 0, (0,) * len(self.names)), folder, rows=False)
+            tables = [
+                _rows(table) for _, table in _tables(space, snapshot, [n for n in snapshot.names if n != "latent"])
+            ]
+            starts = np.concatenate([[0], np.cumsum(segment.mapped)])
+            order = (starts[segment.files] + segment.rows).astype(np.int64)
+            write_rows(tables, order, segment.offsets, folder, self.rows)
+        else:
+            self._write(space, snapshot, folder)
+        return self.id
+
+    def _write(self, space: Space, snapshot: Snapshot, folder: Path) -> None:
+        """Vectors and rows of files."""
+        tables, latents, lists, squares, mapped = [], [], [], 0.0, dict.fromkeys(self.names, 0)
+        quantizer = cached(self.folder, self.quantizer) if self.quantizer else None
+        for name, table in _tables(space, snapshot, list(snapshot.names)):
+            latent = latent_of(table, space.n_latent)
+            tables.append(_rows(table))
+            latents.append(latent)
+            found, square = self._lists(quantizer, name, latent)
+            lists.append(found)
+            squares += square
+            mapped[name] = len(latent)
+        each = np.array(list(mapped.values()))
+        files = np.repeat(np.arange(len(each)), each)
+        rows = np.arange(len(files)) - np.repeat(np.concatenate([[0], np.cumsum(each)[:-1]]), each)
+        whole = np.concatenate(lists)
+        order = np.argsort(whole, kind="stable")
+        count = quantizer.centroids.shape[0] if quantizer else 1
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(whole, minlength=count))]).astype(np.int64)
+        x = np.empty(len(whole) * space.n_latent, np.float32)
+        pack(np.concatenate(latents), order, offsets, x)
+        x.tofile(folder / "vectors.f32")
+        offsets.tofile(folder / "offsets.i64")
+        np.stack([files[order], rows[order]]).astype(np.int32).tofile(folder / "members.i32")
+        write_rows(tables, order, offsets, folder, self.rows)
+        told = {"names": list(self.names), "mapped": each.tolist(), "squares": squares, "dimensions": space.n_latent}
+        (folder / "segment.json").write_text(json.dumps(told))
+
+    def _lists(self, quantizer: Quantizer | None, name: str, latent: FloatArray) -> tuple[IntArray, float]:
+        """Lists of a file's cells, as their worker assigned them or now; and the summed squared distances."""
+        if quantizer is None:
+            return np.zeros(len(latent), np.int32), 0.0
+        known = assigned(Path(self.space), self.quantizer, name, len(latent))
+        if known is None:
+            found, squares = quantizer.assign(latent, self.threads)
+            return found, float(squares.sum(dtype=np.float64))
+        return known
+
+
+def _tables(space: Space, snapshot: Snapshot, names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+    """Files and their cells that have a latent."""
+    wanted = names if "latent" in names else ["latent", *names]
+    for pair, table in read_units(space.path, snapshot, wanted, None):
+        yield pair.cells.name, table.filter(table["latent"].is_valid())
+
+
+def _rows(table: pa.Table) -> pa.Table:
+    return table.drop_columns(["latent"])
+
+
+def latent_of(table: pa.Table, dimensions: int) -> FloatArray:
+    """Latents of cells that have one, float32, shape ``(n, dimensions)``."""
+    flat = table["latent"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(flat, np.float32).reshape(-1, dimensions)
+
+
+def rows_key(snapshot: Snapshot) -> str:
+    """Digest of what decides the rows of a version's cells, besides the files: columns, and derived sets."""
+    derived = {name: one.told() for name, one in snapshot.derived.items()}
+    return digest("rows", FORMAT, [f"{field.name}: {field.type}" for field in snapshot.schema], derived)[:16]
+
+
+def told_of(folder: Path) -> dict[str, Any]:
+    """What a segment says of itself: names and mapped cells of its files, summed squared distances.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it was just removed.
+    """
+    found: dict[str, Any] = json.loads((folder / "segment.json").read_text())
+    return found
+
+
+def link(old: Path, new: Path, rows: str) -> bool:
+    """Link a segment's files into another index; whether its rows are among them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the segment was just removed.
+    """
+    new.mkdir(exist_ok=True)
+    for name in _VECTORS:
+        os.link(old / name, new / name)
+    wanted = [f"rows-{rows}.arrow", f"counts-{rows}.arrow"]
+    if not all((old / name).exists() for name in wanted):
+        return False
+    for name in wanted:
+        os.link(old / name, new / name)
+    return True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """An open segment.
+
+    Attributes
+    ----------
+    x, offsets
+        float32, flat; int64, shape ``(lists + 1,)``: the vectors, as :func:`scviaduct.store.index.kernels.scan` takes
+        them.
+    files, rows
+        int32, shape ``(n,)``: file of each vector, and its place among the cells of the file.
+    bases
+        int64, shape ``(files,)``: position of each file's first cell; -1 for none.
+    mapped
+        int64, shape ``(files,)``: cells of each file.
+    squares
+        Squared distances to the centroids, summed.
+    table, counts
+        Rows to answer with, and the counts of their values per list; memory-mapped.
+    dimensions
+        Of a vector.
+    """
+
+    x: FloatArray
+    offsets: LongArray
+    files: IntArray
+    rows: IntArray
+    bases: LongArray
+    mapped: LongArray
+    squares: float
+    table: pa.Table
+    counts: pa.Table
+    dimensions: int
+
+    @classmethod
+    def open(cls, part: Part, folder: Path, *, rows: bool = True) -> Self:
+        """Map a segment into memory.
+
+        Raises
+        ------
+        FileNotFoundError
+            If it is not there.
+        """
+        told = told_of(folder)
+        members = _mapped(folder / "members.i32", np.int32)
+        half = len(members) // 2
+        nothing = pa.table({})
+        return cls(
+            _mapped(folder / "vectors.f32", np.float32),
+            _mapped(folder / "offsets.i64", np.int64),
+            members[:half],
+            members[half:],
+            np.array(part.bases, np.int64),
+            np.array(told["mapped"], np.int64),
+            told["squares"],
+            open_table(folder / f"rows-{part.rows}.arrow") if rows else nothing,
+            open_table(folder / f"counts-{part.rows}.arrow") if rows else nothing,
+            told["dimensions"],
+        )
+
+    @property
+    def sizes(self) -> LongArray:
+        """int64, shape ``(lists,)``: vectors of each list, masked ones included."""
+        return np.diff(self.offsets)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no file is masked."""
+        return bool((self.bases >= 0).all())
+
+    def positions(self, elements: LongArray | None = None) -> LongArray:
+        """Positions of vectors among the version's cells; -1 for masked ones."""
+        at = slice(None) if elements is None else elements
+        base = self.bases[self.files[at]]
+        return np.where(base < 0, -1, base + self.rows[at])
+
+    def vectors(self, elements: LongArray) -> FloatArray:
+        """Vectors, float32, shape ``(n, dimensions)``."""
+        out = np.empty((len(elements), self.dimensions), np.float32)
+        fetch(self.x, self.offsets, elements, out)
+        return out
+
+
+def _mapped(path: Path, kind: type[np.generic]) -> Any:
+    """An array in a file; read-only, and never copied."""
+    if path.stat().st_size == 0:
+        empty = np.empty(0, kind)
+        empty.flags.writeable = False
+        return empty
+    return np.asarray(np.memmap(path, kind, "r"))

@@ -1,0 +1,279 @@
+"""Searching an open index: what a condition leaves decides how, and slices of the index do the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+
+from scviaduct.errors import InputError
+from scviaduct.store.index import ensure_index
+from scviaduct.store.index.calibration import NEIGHBORS
+from scviaduct.store.index.scanning import Coarse, Found
+from scviaduct.store.search.hits import Hits, Queries, hits_table, kept_of
+from scviaduct.store.search.slices import Slice
+from scviaduct.store.where import parse_where
+
+if TYPE_CHECKING:
+    from scviaduct.store.index import Index
+    from scviaduct.store.space import Space
+    from scviaduct.values import FloatArray, LongArray
+
+EXACT_UP_TO = 20_000
+"""Selected cells up to which each is always compared with a query: 0.07 ms."""
+EXACT_FACTOR = 3
+"""Selected cells up to which each is compared, over those that probing compares, centroids included: heaps and
+lists of few cells cost as much again."""
+_MEASURED, _MEASURE_FROM, _MEASURE_UP_TO = 32, 256, 1 << 23
+"""Queries that are searched exactly, besides, to tell the recall of a filtered search; queries from which, and selected
+cells up to which, that costs a few percent."""
+
+
+class Slices(Protocol):
+    """The slices of an index, wherever they are."""
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Ask the same of every slice; the answers in their order."""
+
+    def at(self, slots: LongArray, method: str) -> list[tuple[LongArray, Any]]:
+        """Ask each slice for its share of slots: which of them they are, and the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """One slice, in this process.
+
+    Attributes
+    ----------
+    slice
+        All segments of an index.
+    """
+
+    slice: Slice
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Ask it."""
+        return [getattr(self.slice, method)(*arguments)]
+
+    def at(self, slots: LongArray, method: str) -> list[tuple[LongArray, Any]]:
+        """Ask it for all slots."""
+        return [(np.arange(len(slots)), getattr(self.slice, method)(slots))]
+
+
+class Answer(NamedTuple):
+    """Neighbours of queries, by position.
+
+    Attributes
+    ----------
+    found
+        Neighbours, the nearest first.
+    method, recall, measured, candidates
+        As :class:`scviaduct.store.search.Hits` has them.
+    """
+
+    found: Found
+    method: str
+    recall: float
+    measured: str
+    candidates: int
+
+
+class Searcher:
+    """Searches one version of a space, as often as it is asked. Open one with :meth:`open`.
+
+    Parameters
+    ----------
+    index
+        Open; of a distributed search its rows and vectors are not touched here.
+    name
+        Of the space, for messages.
+    slices
+        What compares. None for this process.
+    """
+
+    def __init__(self, index: Index, name: str, slices: Slices | None = None) -> None:
+        self.index = index
+        self._name = name
+        self._slices = slices or Here(Slice(index))
+        self._coarse = Coarse.of(index.quantizer.centroids) if index.quantizer else None
+        self._sizes: LongArray = np.sum(self._slices.call("sizes"), axis=0)
+        self._plans: dict[str, LongArray] = {}
+
+    @classmethod
+    def open(cls, space: Space, as_of: int | None = None, threads: int | None = None) -> Self:
+        """Open the index of a version, and build it first if it is not there.
+
+        Parameters
+        ----------
+        space
+            Whose.
+        as_of
+            Version; None for the newest.
+        threads
+            That queries are spread over; None for one a core of this process. A single query has one.
+        """
+        index = ensure_index(space, as_of)
+        return cls(index, space.name, Here(Slice(index, threads)))
+
+    def stored(self, where: str, limit: int | None = None) -> Queries:
+        """Stored cells as queries.
+
+        Raises
+        ------
+        InputError
+            If no cell with a latent fulfils ``where``.
+        """
+        self._parse(where)
+        told = self._slices.call("members", where, limit)
+        positions, slots = (np.concatenate([one[i] for one in told]) for i in range(2))
+        order = np.argsort(positions, kind="stable")[:limit]
+        if not len(order):
+            remedy = "scviaduct export shows what labels and columns there are."
+            raise InputError(f"No stored cell fulfils {where}.", remedy)
+        rows = self._rows(slots[order])
+        latent = np.empty((len(order), self.index.manifest.dimensions), np.float32)
+        for at, part in self._slices.at(slots[order], "vectors"):
+            latent[at] = part
+        return Queries(rows["dataset_id"].to_pylist(), rows["observation_id"].to_pylist(), latent, positions[order])
+
+    def search(self, queries: Queries, k: int = NEIGHBORS, where: str | None = None, *, exact: bool = False) -> Hits:
+        """Find the k nearest stored cells of each query.
+
+        Parameters
+        ----------
+        queries
+            Cells in the space's latent.
+        k
+            Neighbours of each; fewer come back if fewer cells are selected.
+        where
+            Condition that neighbours fulfil.
+        exact
+            Compare with every cell.
+
+        Raises
+        ------
+        InputError
+            If k is not positive, or the queries are of another latent size or not finite.
+        FilterError
+            If ``where`` does not parse.
+        """
+        self._require(queries, k)
+        answer = self.neighbors(queries.latent, k + (queries.own is not None), where, exact=exact)
+        keep = kept_of(answer.found, queries.own, k)
+        table = hits_table(queries, answer.found, keep, self._rows(answer.found.slot[keep]))
+        version = self.index.manifest.version
+        return Hits(table, answer.method, answer.recall, version, answer.candidates, answer.measured)
+
+    def neighbors(
+        self, latent: FloatArray, k: int = NEIGHBORS, where: str | None = None, *, exact: bool = False
+    ) -> Answer:
+        """Find the k nearest stored cells of each query, without their rows. Parameters are those of :meth:`search`.
+
+        Parameters
+        ----------
+        latent
+            Queries, float32, shape ``(n_queries, n_latent)``, all finite.
+        k, where, exact
+            As :meth:`search` takes them.
+        """
+        latent = np.ascontiguousarray(latent, np.float32)
+        manifest = self.index.manifest
+        counts = None if where is None else self._counts(where)
+        candidates = manifest.cells if counts is None else int(counts.sum())
+        wanted = min(k, candidates)
+        if not wanted:
+            return Answer(Found.none(len(latent), 0), "exact", 1.0, "", candidates)
+        if exact or self._coarse is None or (counts is not None and candidates <= self.exact_limit(k)):
+            method = "exact" if where is None else "exact on the selected cells"
+            return Answer(self._exact(latent, wanted, where), method, 1.0, "", candidates)
+        found = self._probe(latent, wanted, where, counts)
+        recall, measured = manifest.recall, f"{manifest.sample} of the index's own cells, without a condition"
+        if where is not None and len(latent) >= _MEASURE_FROM and candidates <= _MEASURE_UP_TO:
+            recall, measured = self._measure(latent, found, where)
+        return Answer(found, "IVF-Flat", recall, measured, candidates)
+
+    def exact_limit(self, k: int) -> int:
+        """Selected cells up to which all are compared: what probing costs decides."""
+        manifest = self.index.manifest
+        compared = self._probes(k) * manifest.cells / max(1, manifest.lists)
+        return max(EXACT_UP_TO, int(EXACT_FACTOR * (compared + manifest.lists)))
+
+    def _probes(self, k: int) -> int:
+        """Lists that a query looks into; more where more than 30 neighbours are wanted than it was measured for."""
+        manifest = self.index.manifest
+        return min(manifest.lists, -(-manifest.probes * max(k, NEIGHBORS + 1) // (NEIGHBORS + 1)))
+
+    def _counts(self, where: str) -> LongArray:
+        """Selected cells of each list."""
+        if where not in self._plans:
+            self._parse(where)
+            self._plans[where] = np.sum(self._slices.call("count", where), axis=0)
+        return self._plans[where]
+
+    def _exact(self, latent: FloatArray, k: int, where: str | None) -> Found:
+        return Found.merged(self._slices.call("exact", latent, k, where), k)
+
+    def _probe(self, latent: FloatArray, k: int, where: str | None, counts: LongArray | None) -> Found:
+        """Search lists; a query whose lists held too few selected cells is compared with all of them."""
+        order, upto = self._plan(latent, k, counts)
+        found = Found.merged(self._slices.call("probe", latent, k, where, order, upto), k)
+        short = np.flatnonzero(found.slot[:, -1] < 0)
+        if len(short):
+            found.replace(short, self._exact(np.ascontiguousarray(latent[short]), k, where))
+        return found
+
+    def _plan(self, latent: FloatArray, k: int, counts: LongArray | None) -> tuple[LongArray, LongArray]:
+        """Lists that each query looks into: as many that the selected cells in them are as many as without a condition.
+
+        Lists without a selected cell are passed over.
+        """
+        if self._coarse is None:
+            raise TypeError("an exact index has no lists")
+        probes = self._probes(k)
+        order = self._coarse.nearest(latent, probes)
+        if counts is None:
+            return order, np.full(len(latent), probes)
+        wanted = np.minimum(self._sizes[order].sum(axis=1), counts.sum())
+        among = np.flatnonzero(counts)
+        coarse = Coarse.of(self.index.quantizer.centroids, among) if self.index.quantizer else self._coarse
+        n = min(len(among), 2 * probes * -(-int(self._sizes.sum()) // int(counts.sum())))
+        while True:
+            order = coarse.nearest(latent, n)
+            seen = np.cumsum(counts[order], axis=1)
+            if n == len(among) or (seen[:, -1] >= wanted).all():
+                return order, np.minimum((seen < wanted[:, None]).sum(axis=1) + 1, n)
+            n = min(len(among), 2 * n)
+
+    def _measure(self, latent: FloatArray, found: Found, where: str) -> tuple[float, str]:
+        """Recall of a filtered search, on some of its own queries."""
+        at = np.linspace(0, len(latent) - 1, _MEASURED).astype(int)
+        truth = self._exact(np.ascontiguousarray(latent[at]), found.slot.shape[1], where)
+        same = [np.isin(a, b).mean() for a, b in zip(truth.slot, found.slot[at], strict=True)]
+        return float(np.mean(same)), f"{_MEASURED} of these queries, with this condition"
+
+    def _rows(self, slots: LongArray) -> pa.Table:
+        """Rows of slots, in their order."""
+        parts = self._slices.at(slots, "take")
+        if len(parts) == 1:
+            return parts[0][1]
+        back = np.argsort(np.concatenate([at for at, _ in parts]), kind="stable")
+        return pa.concat_tables([table for _, table in parts]).take(pa.array(back))
+
+    def _parse(self, where: str) -> None:
+        """Refuse a condition that does not parse, before anybody is asked."""
+        parse_where(where, next(iter(self.index.segments.values())).table.schema)
+
+    def _require(self, queries: Queries, k: int) -> None:
+        if k < 1:
+            raise InputError(f"k = {k} asks for no neighbour.", "Give at least 1, e.g. -k 30.")
+        wide, dimensions = queries.latent.shape[1], self.index.manifest.dimensions
+        if wide != dimensions:
+            raise InputError(f"Queries have {wide} dimensions, {self._name} has {dimensions}.", "")
+        finite = np.isfinite(queries.latent).all(axis=1)
+        if not finite.all():
+            first = queries.ids[int(np.argmin(finite))]
+            raise InputError(
+                f"The latent of query '{first}' is not a number.", "Leave out the cells that were not mapped."
+            )

@@ -1,0 +1,215 @@
+"""What one process holds of an index, and answers of it: a slice, of all segments or of some."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from scviaduct.store.index.kernels import gather
+from scviaduct.store.index.opened import Index, alike, plain
+from scviaduct.store.index.scanning import SLOT, Block, Found, scan_blocks, scan_lists, threaded
+from scviaduct.store.search.selection import selected
+
+if TYPE_CHECKING:
+    from scviaduct.store.search.device import DeviceVectors
+    from scviaduct.values import FloatArray, LongArray
+
+GATHERED = 1 << 20
+"""Selected cells up to which their vectors are copied together: 150 MB of 30 dimensions. Above, all cells of a list are
+compared and those that are not selected are passed over."""
+_KEPT = 4
+"""Selections that are kept, so that the same condition is evaluated once."""
+_PLACE = (1 << SLOT) - 1
+
+
+@dataclass(slots=True)
+class Selection:
+    """Cells that a condition selects.
+
+    Attributes
+    ----------
+    elements
+        Number of each segment to its selected vectors, int64, ascending.
+    counts
+        int64, shape ``(lists,)``: selected cells of each list.
+    flat, listed
+        Copies of the vectors as one list, and in their lists, with the slot of each; made when they are first needed.
+    """
+
+    elements: dict[int, LongArray]
+    counts: LongArray
+    flat: tuple[Block, LongArray] | None = None
+    listed: tuple[Block, LongArray] | None = None
+
+    @property
+    def cells(self) -> int:
+        """Number of them."""
+        return int(self.counts.sum())
+
+
+class Slice:
+    """Segments of an index, and what is asked of them.
+
+    Parameters
+    ----------
+    index
+        Opened, with the segments of this slice.
+    threads
+        That queries are spread over; None for one a core of this process.
+    device
+        Vectors on a GPU, which exact searches of all cells use; None for the CPU.
+    """
+
+    def __init__(self, index: Index, threads: int | None = None, device: DeviceVectors | None = None) -> None:
+        self.index = index
+        self._threads, self._device = threads, device
+        self._selections: OrderedDict[str, Selection] = OrderedDict()
+
+    @cached_property
+    def _blocks(self) -> list[Block]:
+        return [Block.of(*one) for one in self.index.segments.items()]
+
+    def sizes(self) -> LongArray:
+        """Cells of each list, int64, shape ``(lists,)``."""
+        none = np.zeros(self.index.lists, np.int64)
+        return sum((segment.sizes for segment in self.index.segments.values()), none)
+
+    def count(self, where: str) -> LongArray:
+        """Selected cells of each list, int64, shape ``(lists,)``."""
+        return self._select(where).counts
+
+    def exact(self, latent: FloatArray, k: int, where: str | None) -> Found:
+        """The k nearest of all cells, or of the selected ones; each is compared."""
+        if where is None and self._device is not None:
+            return self._device.nearest(latent, k)
+        if where is None:
+            return threaded(lambda part: scan_blocks(self._blocks, part, k), latent, threads=self._threads)
+        selection = self._select(where)
+        if selection.cells > GATHERED:
+            blocks = self._masked(selection)
+            return threaded(lambda part: scan_blocks(blocks, part, k), latent, threads=self._threads)
+        selection.flat = selection.flat or self._gathered(selection, in_lists=False)
+        block, slots = selection.flat
+        return _named(threaded(lambda part: scan_blocks([block], part, k), latent, threads=self._threads), slots)
+
+    def probe(self, latent: FloatArray, k: int, where: str | None, order: LongArray, upto: LongArray) -> Found:
+        """The k nearest among the cells of some lists.
+
+        Parameters
+        ----------
+        latent, k, where
+            Queries, neighbours of each, and what these fulfil.
+        order, upto
+            Lists of each query, as :func:`scviaduct.store.index.scanning.scan_lists` takes them.
+        """
+        slots, blocks = None, self._blocks
+        if where is not None:
+            selection = self._select(where)
+            if selection.cells > GATHERED:
+                blocks = self._masked(selection)
+            else:
+                selection.listed = selection.listed or self._gathered(selection, in_lists=True)
+                blocks, slots = [selection.listed[0]], selection.listed[1]
+        found = threaded(
+            lambda *part: scan_lists(blocks, part[0], k, *part[1:]), latent, order, upto, threads=self._threads
+        )
+        return found if slots is None else _named(found, slots)
+
+    def members(self, where: str, limit: int | None) -> tuple[LongArray, LongArray]:
+        """Positions and slots of the selected cells, by position."""
+        selection = self._select(where)
+        positions = [self.index.segments[n].positions(at) for n, at in selection.elements.items()]
+        slots = [(n << SLOT) + at for n, at in selection.elements.items()]
+        whole, named = np.concatenate([*positions, np.zeros(0, np.int64)]), np.concatenate([*slots, np.zeros(0, int)])
+        order = np.argsort(whole, kind="stable")[:limit]
+        return whole[order], named[order]
+
+    def vectors(self, slots: LongArray) -> FloatArray:
+        """Vectors of slots of this slice, float32, shape ``(n, dimensions)``."""
+        out = np.empty((len(slots), self.index.manifest.dimensions), np.float32)
+        for number, segment in self.index.segments.items():
+            here = np.flatnonzero(slots >> SLOT == number)
+            out[here] = segment.vectors(slots[here] & _PLACE)
+        return out
+
+    def take(self, slots: LongArray) -> pa.Table:
+        """Rows of slots of this slice, in their order; text is plain."""
+        numbers = slots >> SLOT
+        parts: list[pa.Table] = []
+        order: list[LongArray] = []
+        for number, segment in self.index.segments.items():
+            here = np.flatnonzero(numbers == number)
+            if len(here) or not parts:
+                batch = _batch(segment.table).take(pa.array(slots[here] & _PLACE))
+                parts.append(plain(pa.Table.from_batches([batch])))
+                order.append(here)
+        if len(parts) == 1:
+            return parts[0]
+        back = np.argsort(np.concatenate(order), kind="stable")
+        return pa.concat_tables(alike(parts)).take(pa.array(back))
+
+    def _select(self, where: str) -> Selection:
+        known = self._selections.pop(where, None)
+        if known is None:
+            elements = {n: selected(segment, where) for n, segment in self.index.segments.items()}
+            counts = np.zeros(self.index.lists, np.int64)
+            for number, at in elements.items():
+                inside = np.searchsorted(at, self.index.segments[number].offsets)
+                counts += np.diff(inside)
+            known = Selection(elements, counts)
+        self._selections[where] = known
+        while len(self._selections) > _KEPT:
+            self._selections.popitem(last=False)
+        return known
+
+    def _masked(self, selection: Selection) -> list[Block]:
+        """All blocks, with the selected vectors marked."""
+        blocks = []
+        for number, elements in selection.elements.items():
+            segment = self.index.segments[number]
+            mask = np.zeros(len(segment.files), bool)
+            mask[elements] = True
+            blocks.append(Block.of(number, segment, mask))
+        return blocks
+
+    def _gathered(self, selection: Selection, *, in_lists: bool) -> tuple[Block, LongArray]:
+        """The selected vectors, copied together; slots of them."""
+        counts = selection.counts if in_lists else np.array([selection.cells])
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        at, d = offsets[:-1].copy(), self.index.manifest.dimensions
+        x = np.empty(selection.cells * d, np.float32)
+        positions, slots = np.empty(selection.cells, np.int32), np.empty(selection.cells, np.int64)
+        for number, elements in selection.elements.items():
+            segment = self.index.segments[number]
+            places = _places(segment.offsets, elements, at)
+            positions[places], slots[places] = segment.positions(elements), (number << SLOT) + elements
+            gather(segment.x, segment.offsets, elements, d, at, offsets, x)
+        return Block.plain(x, offsets, positions), slots
+
+
+def _places(offsets: LongArray, elements: LongArray, at: LongArray) -> LongArray:
+    """Where :func:`scviaduct.store.index.kernels.gather` puts vectors, given the next free place of each list."""
+    if len(at) == 1:
+        return np.arange(at[0], at[0] + len(elements))
+    inside = np.searchsorted(elements, offsets)
+    places: LongArray = np.arange(len(elements)) + np.repeat(at - inside[:-1], np.diff(inside))
+    return places
+
+
+def _named(found: Found, slots: LongArray) -> Found:
+    """What was found among copies, with the slots of what they are copies of."""
+    named = np.full(found.slot.shape, -1, np.int64)
+    there = found.slot >= 0
+    named[there] = slots[found.slot[there]]
+    return Found(found.distance, found.position, named)
+
+
+def _batch(table: pa.Table) -> pa.RecordBatch:
+    """The one batch of a segment's rows."""
+    batches = table.to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
