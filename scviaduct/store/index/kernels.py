@@ -232,16 +232,22 @@ def gather(x: Any, offsets: Any, elements: Any, d: int, at: Any, to: Any, out: A
     to, out
         Offsets and floats of the lists that are written.
     """
-    one = 0
-    for element in elements:
-        while element >= offsets[one + 1]:
-            one += 1
+    i, n = 0, len(elements)
+    for one in range(len(offsets) - 1):
+        end = i
+        while end < n and elements[end] < offsets[one + 1]:
+            end += 1
+        if end == i:
+            continue
         begin, m = offsets[one], offsets[one + 1] - offsets[one]
         target = one if len(at) > 1 else 0
         base, width = to[target], to[target + 1] - to[target]
         for c in range(d):
-            out[base * d + c * width + at[target] - base] = x[begin * d + c * m + element - begin]
-        at[target] += 1
+            source, there = begin * d + c * m - begin, base * d + c * width + at[target] - base
+            for j in range(end - i):
+                out[there + j] = x[source + elements[i + j]]
+        at[target] += end - i
+        i = end
 
 
 @_compiled

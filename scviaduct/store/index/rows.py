@@ -61,24 +61,21 @@ def _write(table: pa.Table, path: Path) -> None:
         file.write_table(table, max_chunksize=max(1, len(table)))
 
 
-def codes_of(column: pa.ChunkedArray) -> tuple[IntArray, pa.Array] | None:
-    """Codes and values of a column that few values fill; null has the code behind the last value.
+def values_of(column: pa.ChunkedArray) -> pa.Array | None:
+    """Values of a column that few of them fill; None for a column of another kind, or of more values."""
+    if pa.types.is_boolean(column.type):
+        return pa.array([False, True])
+    if not pa.types.is_dictionary(column.type) or not column.num_chunks:
+        return None
+    values = column.chunk(0).dictionary
+    return values if len(values) <= COUNTED else None
 
-    None for a column of another kind, or of more than :data:`COUNTED` values.
-    """
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        array = column.chunk(0) if column.num_chunks else pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), [])
-        codes, values = array.indices, array.dictionary
-    elif pa.types.is_boolean(kind):
-        codes, values = column.cast(pa.int32()).combine_chunks(), pa.array([False, True])
-    else:
-        return None
-    if len(values) > COUNTED:
-        return None
-    whole = pc.fill_null(codes, len(values))
-    found: IntArray = whole.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
-    return found, values
+
+def codes_of(column: pa.ChunkedArray, values: pa.Array) -> IntArray:
+    """Place of each cell's value among the values of its column; null has the place behind the last."""
+    codes = column.cast(pa.int32()) if pa.types.is_boolean(column.type) else column.chunk(0).indices
+    found: IntArray = pc.fill_null(codes, len(values)).to_numpy().astype(np.int32, copy=False)
+    return found
 
 
 def _counts(rows: pa.Table, offsets: LongArray) -> pa.Table:
@@ -87,9 +84,10 @@ def _counts(rows: pa.Table, offsets: LongArray) -> pa.Table:
     lists, n = np.repeat(np.arange(len(sizes)), sizes), len(sizes)
     parts = []
     for column, name in enumerate(rows.column_names):
-        coded = codes_of(rows[name])
-        if coded is not None:
-            together = np.bincount(coded[0].astype(np.int64) * n + lists, minlength=(len(coded[1]) + 1) * n)
+        values = values_of(rows[name])
+        if values is not None:
+            codes = codes_of(rows[name], values).astype(np.int64)
+            together = np.bincount(codes * n + lists, minlength=(len(values) + 1) * n)
             filled = np.flatnonzero(together)
             parts.append((count_key(column, filled // n), filled % n, together[filled]))
     if not parts:

@@ -165,12 +165,16 @@ class Coarse(NamedTuple):
     lists: LongArray
 
     @classmethod
-    def of(cls, centroids: FloatArray, among: LongArray | None = None) -> Coarse:
-        """All centroids, float32, shape ``(lists, dimensions)``, or those of some lists."""
-        lists = np.arange(len(centroids)) if among is None else among
-        m = len(lists)
-        x = np.ascontiguousarray(centroids[lists].T).ravel()
-        return cls(Block.plain(x, np.array([0, m]), np.arange(m, dtype=np.int32)), lists)
+    def of(cls, centroids: FloatArray) -> Coarse:
+        """All centroids, float32, shape ``(lists, dimensions)``."""
+        m = len(centroids)
+        x = np.ascontiguousarray(centroids.T).ravel()
+        return cls(Block.plain(x, np.array([0, m]), np.arange(m, dtype=np.int32)), np.arange(m))
+
+    def among(self, lists: LongArray) -> Coarse:
+        """Those of some lists."""
+        some = Coarse.of(self.block.x.reshape(-1, len(self.lists)).T[lists])
+        return Coarse(some.block, self.lists[lists])
 
     def nearest(self, latent: FloatArray, n: int) -> LongArray:
         """The n nearest lists of each query, the nearest first, int64, shape ``(n_queries, n)``."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from scviaduct.store.index.rows import codes_of, count_key
+from scviaduct.store.index.rows import codes_of, count_key, values_of
 from scviaduct.store.where import parse_where
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ def at_most(segment: Segment, terms: tuple[Term, ...]) -> LongArray:
 def _counted(segment: Segment, term: Term) -> LongArray | None:
     """Cells of each list for which a condition on one counted column holds; None for another one."""
     columns = term[1]
-    coded = codes_of(segment.table[columns[0]]) if len(columns) == 1 else None
-    if coded is None:
+    values = values_of(segment.table[columns[0]]) if len(columns) == 1 else None
+    if values is None:
         return None
-    held = np.flatnonzero(_of_values(segment.table.schema.field(columns[0]), coded[1], term))
+    held = np.flatnonzero(_of_values(segment.table.schema.field(columns[0]), values, term))
     keys = segment.counts["key"].to_numpy()
     wanted = count_key(segment.table.schema.get_field_index(columns[0]), held)
     begins, ends = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, side="right")
@@ -90,13 +90,13 @@ def _of_values(field: pa.Field, values: pa.Array, term: Term) -> Mask:
 def _holds(table: pa.Table, term: Term, elements: LongArray) -> Mask:
     """For which of some rows a condition holds."""
     expression, columns = term
-    whole = len(elements) == len(table)
-    coded = codes_of(table[columns[0]]) if len(columns) == 1 else None
-    if coded is not None:
-        codes = coded[0] if whole else coded[0][elements]
-        return _of_values(table.schema.field(columns[0]), coded[1], term)[codes]
     rows = table.select(list(columns))
-    return _evaluate(rows if whole else rows.take(pa.array(elements)), expression)
+    if len(elements) < len(table):
+        rows = rows.take(pa.array(elements)).combine_chunks()
+    values = values_of(rows[columns[0]]) if len(columns) == 1 else None
+    if values is None:
+        return _evaluate(rows, expression)
+    return _of_values(table.schema.field(columns[0]), values, term)[codes_of(rows[columns[0]], values)]
 
 
 def _evaluate(rows: pa.Table, expression: pc.Expression) -> Mask:

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pyarrow as pa
 
 from scviaduct.store.index.kernels import gather
-from scviaduct.store.index.opened import Index, alike, plain
 from scviaduct.store.index.scanning import SLOT, Block, Found, scan_blocks, scan_lists, threaded
 from scviaduct.store.search.selection import selected
 
 if TYPE_CHECKING:
+    from scviaduct.store.index.opened import Index
     from scviaduct.store.search.device import DeviceVectors
     from scviaduct.values import FloatArray, LongArray
 
 GATHERED = 1 << 20
 """Selected cells up to which their vectors are copied together: 150 MB of 30 dimensions. Above, all cells of a list are
 compared and those that are not selected are passed over."""
+_COPY = 16
+"""What copying a selected vector costs, in comparisons of a vector with a query."""
 _KEPT = 4
 """Selections that are kept, so that the same condition is evaluated once."""
 _PLACE = (1 << SLOT) - 1
@@ -37,12 +39,15 @@ class Selection:
         Number of each segment to its selected vectors, int64, ascending.
     counts
         int64, shape ``(lists,)``: selected cells of each list.
+    asked
+        Queries that were compared with all of them so far.
     flat, listed
         Copies of the vectors as one list, and in their lists, with the slot of each; made when they are first needed.
     """
 
     elements: dict[int, LongArray]
     counts: LongArray
+    asked: int = 0
     flat: tuple[Block, LongArray] | None = None
     listed: tuple[Block, LongArray] | None = None
 
@@ -74,6 +79,10 @@ class Slice:
     def _blocks(self) -> list[Block]:
         return [Block.of(*one) for one in self.index.segments.items()]
 
+    @cached_property
+    def _columns(self) -> dict[int, Columns]:
+        return {number: Columns.of(segment.table) for number, segment in self.index.segments.items()}
+
     def sizes(self) -> LongArray:
         """Cells of each list, int64, shape ``(lists,)``."""
         none = np.zeros(self.index.lists, np.int64)
@@ -90,7 +99,9 @@ class Slice:
         if where is None:
             return threaded(lambda part: scan_blocks(self._blocks, part, k), latent, threads=self._threads)
         selection = self._select(where)
-        if selection.cells > GATHERED:
+        selection.asked += len(latent)
+        others = self.index.manifest.cells - selection.cells
+        if selection.cells > GATHERED or selection.asked * others < _COPY * selection.cells:
             blocks = self._masked(selection)
             return threaded(lambda part: scan_blocks(blocks, part, k), latent, threads=self._threads)
         selection.flat = selection.flat or self._gathered(selection, in_lists=False)
@@ -142,16 +153,15 @@ class Slice:
         numbers = slots >> SLOT
         parts: list[pa.Table] = []
         order: list[LongArray] = []
-        for number, segment in self.index.segments.items():
+        for number in self.index.segments:
             here = np.flatnonzero(numbers == number)
             if len(here) or not parts:
-                batch = _batch(segment.table).take(pa.array(slots[here] & _PLACE))
-                parts.append(plain(pa.Table.from_batches([batch])))
+                parts.append(self._columns[number].take(pa.array(slots[here] & _PLACE)))
                 order.append(here)
         if len(parts) == 1:
             return parts[0]
         back = np.argsort(np.concatenate(order), kind="stable")
-        return pa.concat_tables(alike(parts)).take(pa.array(back))
+        return pa.concat_tables(parts).take(pa.array(back))
 
     def _select(self, where: str) -> Selection:
         known = self._selections.pop(where, None)
@@ -209,7 +219,32 @@ def _named(found: Found, slots: LongArray) -> Found:
     return Found(found.distance, found.position, named)
 
 
-def _batch(table: pa.Table) -> pa.RecordBatch:
-    """The one batch of a segment's rows."""
-    batches = table.to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of a segment's rows, to take some rows of: asking a table for each costs as much as a query.
+
+    Attributes
+    ----------
+    schema
+        Of what is taken: text is plain.
+    arrays
+        The columns.
+    """
+
+    schema: pa.Schema
+    arrays: tuple[pa.Array, ...]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> Self:
+        """All columns of a table that is one batch."""
+        kinds = [(one.name, pa.string() if pa.types.is_dictionary(one.type) else one.type) for one in table.schema]
+        columns = (column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in table.columns)
+        return cls(pa.schema(kinds), tuple(columns))
+
+    def take(self, at: pa.Array) -> pa.Table:
+        """Some rows."""
+        taken = [
+            array.dictionary.take(array.indices.take(at)) if isinstance(array, pa.DictionaryArray) else array.take(at)
+            for array in self.arrays
+        ]
+        return pa.Table.from_arrays(taken, schema=self.schema)
