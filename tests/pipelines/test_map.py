@@ -153,14 +153,14 @@ def test_hits_come_from_one_version_whoever_commits_meanwhile(symphony, pbmc, mo
     store = str(tmp_path / "s")
     options = {"reference": "pbmc", "store": store, "engine": "inline", "quiet": True}
     sv.map(f"{symphony}?filter=batch == '5p'", **options)
-    ask = searching.stored_queries
+    ask = searching.Searcher.stored
 
     def and_commit(*arguments):
         found = ask(*arguments)
         sv.map(f"{symphony}?filter=batch == '3pv1'", **options)
         return found
 
-    monkeypatch.setattr(searching, "stored_queries", and_commit)
+    monkeypatch.setattr(searching.Searcher, "stored", and_commit)
     hits = sv.search(store, label="B", k=3, quiet=True)
     assert all(hit["query"] != hit["observation_id"] for hit in hits.to_pylist())
 

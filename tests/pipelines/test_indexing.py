@@ -1,0 +1,94 @@
+"""Indexes built and searched on Ray equal those of one process, row for row."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import pipelines as sv
+from actors.searching import SearchWorker, spread
+from scviaduct.store import Store
+from scviaduct.store.index import building, ensure_index
+from tests.scviaduct.store.synthetic import DIGEST, Lab
+
+CELLS, WIDTH = 2_000, 6
+KEPT = {"tissue": "string"}
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A store of 2,000 cells in ten units, with lists from 500 cells on."""
+    monkeypatch.setattr(building, "IVF_FROM", 500)
+    store = Store.create(tmp_path / "store")
+    lab = Lab(store, store.create_space("atlas", DIGEST, WIDTH, ("type 0",)))
+    rng = np.random.default_rng(0)
+    latent = rng.normal(size=(CELLS, WIDTH)) + 5 * rng.integers(0, 5, (CELLS, 1))
+    done = [
+        lab.stage(
+            range(at, at + 200),
+            latent=latent[at : at + 200],
+            kept=KEPT,
+            obs={"tissue": np.array(["lung", "skin", "gut"], object)[np.arange(at, at + 200) % 3]},
+        )
+        for at in range(0, CELLS, 200)
+    ]
+    lab.commit(*done, kept=KEPT)
+    return store
+
+
+def ask(store, **how):
+    return sv.search(store.path, stored="source_row < 90", k=12, quiet=True, **how)
+
+
+def test_ray_builds_and_searches_as_one_process_does(store, local_ray):
+    one = sv.index(store.path, quiet=True)
+    assert (one.state, one.cells, one.segments) == ("built", CELLS, 1)
+    assert sv.index(store.path, quiet=True).state == "there already"
+    found = {
+        (where, exact): ask(store, where=where, exact=exact) for where in (None, "tissue = 'lung'") for exact in (0, 1)
+    }
+    made = sv.index(store.path, rebuild=True, engine="ray", workers=3, quiet=True)
+    assert (made.state, made.cells, made.segments, made.lists) == ("built", CELLS, 3, one.lists)
+    for (where, exact), table in found.items():
+        mine = ask(store, where=where, exact=exact)
+        theirs = ask(store, where=where, exact=exact, actors=2)
+        assert theirs == mine
+        if exact or where:  # what is exact does not depend on the segments either
+            assert mine == table
+
+
+def test_a_worker_holds_its_segments(store):
+    index = ensure_index(store.space(), builder=building.Builder(workers=4))
+    folder = store.space().path / "index" / f"{index.manifest.version}"
+    assert len(index.segments) == 4
+    worker = SearchWorker(str(folder), [1, 3], "cpu")
+    assert worker.describe()["segments"] == [1, 3]
+    found = worker.call("exact", np.zeros((2, WIDTH), np.float32), 5, None)
+    assert set((found.slot >> 40).ravel().tolist()) <= {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("cells", "shares", "expected"),
+    [
+        ([5, 4, 3, 2], 2, [[0, 3], [1, 2]]),
+        ([1], 4, [[0]]),
+        ([1, 1, 1], 9, [[0], [1], [2]]),
+        ([9, 1, 1], 1, [[0, 1, 2]]),
+    ],
+)
+def test_segments_are_spread_by_their_cells(cells, shares, expected):
+    assert spread(cells, shares) == expected
+
+
+def test_the_index_command(store, capsys):
+    from pipelines.cli import main
+
+    for flags, said in (([], "built: 2,000 cells in 1 segments"), (["--json"], "there already")):
+        with pytest.raises(SystemExit) as left:
+            main(["index", str(store.path), *flags, "--quiet"])
+        assert left.value.code == 0
+        out = capsys.readouterr().out
+        assert said in out
+    assert json.loads(out)["recall"] >= 0.99
