@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import tiledbsoma
+from scipy import sparse
 
 from scviaduct.values import digest
 
@@ -180,7 +181,7 @@ def _write_obs(design: Design, uri: str) -> None:
 def _write_counts(design: Design, uri: str) -> None:
     """Four blocks of tiles at a time, in TileDB's global order, so that nothing is sorted."""
     pool = min(_POOL, -(-design.cells // TILE))
-    blocks = [_block(design, number) for number in range(pool)]
+    blocks = [block(design, number) for number in range(pool)]
     sorted_already = tiledbsoma.TileDBWriteOptions(sort_coords=False)
     starts = range(0, design.cells, TILE)
     for group in range(0, len(starts), 4):
@@ -196,9 +197,7 @@ def _write_counts(design: Design, uri: str) -> None:
             array.write(pa.concat_tables(tables).combine_chunks(), platform_config=sorted_already)
 
 
-def _block(
-    design: Design, number: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+def block(design: Design, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Rows, genes and counts of 2048 cells, tile by tile, each in row-major order."""
     random = np.random.default_rng([design.seed, 2, number])
     rates = design.rates()
@@ -214,3 +213,14 @@ def _block(
     # Two thirds of the counts are ones, as in 10x data of a few thousand counts a cell.
     counts = random.geometric(0.66, len(at_row)).astype(np.float32)
     return at_row, at_gene, counts
+
+
+def csr(design: Design) -> sparse.csr_matrix:
+    """Counts of a design in memory, float32 of shape ``(cells, genes)``; for designs that fit."""
+    parts = []
+    for number in range(-(-design.cells // TILE)):
+        rows, genes, counts = block(design, number)
+        parts.append(sparse.coo_matrix((counts, (rows, genes)), shape=(TILE, design.genes)).tocsr())
+    made = sparse.csr_matrix(sparse.vstack(parts)[: design.cells])
+    made.sort_indices()
+    return made

@@ -1,6 +1,6 @@
 """How long until a fresh process, or a Ray actor, holds a reference: a package against scvi-tools' ``Model.load``.
 
-    python -m benchmarks.load [--actors] [--out FILE]
+    python -m benchmarks.load [--actors] [--out FILE], or as a part of the suite
 
 A model of the Census's architecture (8,000 genes, two layers of 512, latent 50) is saved once. Each way then loads it
 in processes of their own, in turns; the time is from before the imports until the first cell is encoded, as wall and as
@@ -18,10 +18,19 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.machine import machine
+from benchmarks.values import Measurement, Report, Sample
 
+if TYPE_CHECKING:
+    from benchmarks.context import Context
+
+TITLE = "Loading"
+COUNTS = (
+    "Seconds of a fresh process from before its first import until it has encoded a cell with a reference of the"
+    " Census's architecture, page cache warm, bytecode compiled; not pinned."
+)
 GENES, HIDDEN, LAYERS, LATENT = 8_000, 512, 2, 50
 _TIMES = 5
 _BEGIN = (
@@ -68,6 +77,21 @@ def main() -> None:
             )
 
 
+def run(context: Context) -> Report:
+    """Both ways in fresh processes, in turns."""
+    with tempfile.TemporaryDirectory(dir=context.folder) as folder:
+        saved, package = _make(Path(folder))
+        found = _compare(saved, package, _in_process, context.pick(_TIMES, 2))
+    names = {"ours": "package", "plain": "Model.load"}
+    measured = [
+        Measurement(
+            name, 1, "loads", tuple(Sample(turn, *spent) for turn, spent in enumerate(found[way]["samples"]))
+        )
+        for way, name in names.items()
+    ]
+    return Report(TITLE, COUNTS, [], {"Fresh processes": measured}, {"ratio_of_walls": found["ratio"]})
+
+
 def _make(folder: Path) -> tuple[Path, Path]:
     """The model as scvi-tools saves it, and as a package."""
     import anndata
@@ -88,22 +112,22 @@ def _make(folder: Path) -> tuple[Path, Path]:
     return folder / "saved", build_package(folder / "saved", folder / "package", "census-like").path
 
 
-def _compare(saved: Path, package: Path, run: Any) -> dict[str, Any]:
+def _compare(saved: Path, package: Path, measure: Any, times: int = _TIMES) -> dict[str, Any]:
     """Median of several times, both ways in turns, after one of each that fills the page cache."""
     ways = {"ours": _OURS.format(package=package), "plain": _PLAIN.format(saved=saved)}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for turn in range(_TIMES + 1):
+    for turn in range(times + 1):
         for name, code in ways.items():
-            spent = run(code)
+            spent = measure(code)
             if turn:
                 samples[name].append(spent)
     found: dict[str, Any] = {
         name: {
-            "wall": statistics.median(wall for wall, _ in times),
-            "cpu": statistics.median(cpu for _, cpu in times),
-            "samples": times,
+            "wall": statistics.median(wall for wall, _ in taken),
+            "cpu": statistics.median(cpu for _, cpu in taken),
+            "samples": taken,
         }
-        for name, times in samples.items()
+        for name, taken in samples.items()
     }
     return found | {"ratio": found["plain"]["wall"] / found["ours"]["wall"]}
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-_PACKAGES = ("scvi-tools", "torch", "ray", "tiledbsoma", "anndata", "pyarrow", "numpy")
+_PACKAGES = ("scvi-tools", "torch", "ray", "tiledbsoma", "anndata", "pyarrow", "numpy", "numba", "zarr", "faiss-cpu")
+PEERS = ("tiledbsoma-ml", "lancedb", "usearch", "tiledb-vector-search")
+"""What the extra ``bench`` installs to compare with."""
 
 
 def machine() -> dict[str, Any]:
-    """Processor, memory, load and versions."""
+    """Processor, memory, load and versions; the version of what is not installed is None."""
     return {
         "processor": _processor(),
         "cpus": os.cpu_count(),
@@ -22,8 +24,15 @@ def machine() -> dict[str, Any]:
         "load_before": [round(load, 2) for load in os.getloadavg()],
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        **{name: version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in (*_PACKAGES, *PEERS)},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -49,11 +49,15 @@ def reap(seconds: float = 20.0) -> None:
         time.sleep(0.05)
 
 
-def seconds_with_children() -> float:
-    """CPU-seconds of this process, of its children that it waited for, and of what runs below it."""
+def own_seconds() -> float:
+    """CPU-seconds of this process, and of its children that it waited for."""
     own, ended = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    live = sum(sum(times) for pid, times in below(os.getpid()).items() if pid != os.getpid())
-    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime + live
+    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
+
+
+def running_seconds() -> float:
+    """CPU-seconds of what runs below this process, and of what each of it waited for."""
+    return sum(sum(times) for pid, times in below(os.getpid()).items() if pid != os.getpid())
 
 
 def below(root: int) -> dict[int, tuple[float, float]]:
