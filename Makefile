@@ -1,9 +1,10 @@
-# Two commands do everything on a fresh machine: make demo, make test.
+# Two commands do everything on a fresh machine: make demo, make test. A third measures it: make bench.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 
-.PHONY: setup demo test lint format docs bench-memory bench-surgery clean
+.PHONY: setup demo test lint format docs bench bench-memory bench-surgery clean
 
 setup: $(READY)
 
@@ -35,9 +36,20 @@ format: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Peak memory of a run over 50k and over 400k cells, the whole process tree counted.
+# What the benchmarks compare with. A peer that does not install is left out: the results name it, and why.
+$(PEERS): $(READY)
+	for peer in tiledbsoma-ml lancedb usearch tiledb-vector-search; do \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $$peer || echo "$$peer is left out"; \
+	done
+	touch $(PEERS)
+
+# Every benchmark, about 25 minutes on two cores: results in benchmarks/results. ARGS="--quick", ARGS="--only reading".
+bench: $(PEERS)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Cost and peak memory of runs over 50k to 800k cells, the whole process tree counted.
 bench-memory: setup
-	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks --only scaling
 
 # CPU-seconds and label accuracy of surgery by adapters, against one surgery of scvi-tools for each query batch.
 bench-surgery: setup

@@ -95,19 +95,19 @@ def _line(name: str, value: float | None, reason: str) -> str:
     bar = BARS[name]
     wanted = f"bar: {bar.sense} {bar.value:g}"
     if value is None:
-        return f"{name:28} –        {wanted}: {reason}"
+        return f"{name:28} {'none':<8} {wanted}: {reason}"
     return f"{name:28} {value:<8.3g} {wanted}, {'met' if bar.met_by(value) else 'MISSED'}"
 
 
 def _summary(sections: dict[str, Any], ran: list[str], *, strict: bool) -> int:
     """Print every figure; the exit status."""
     values, reasons = flat(sections)
-    for name, value in values.items():
-        print(_line(name, value, reasons.get(name, "")))
+    for name in (figure for part in ran for figure in BENCHMARKS[part].figures):
+        print(_line(name, values[name], reasons.get(name, "")))
     broken = [name for name in ran if "failed" in sections[name]]
     if broken:
         print(f"failed: {', '.join(broken)}")
-    missed = [name for name, value in values.items() if value is None or not BARS[name].met_by(value)]
+    missed = [name for name, value in values.items() if value is not None and not BARS[name].met_by(value)]
     return 1 if broken or (strict and missed) else 0
 
 

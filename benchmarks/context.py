@@ -47,7 +47,7 @@ class Context:
     @property
     def design(self) -> Design:
         """Cells of a Census's width, which reading, mapping and landing share."""
-        return Design(16_384 if self.quick else 131_072)
+        return Design(16_384 if self.quick else 196_608)
 
     def collection(self) -> Path:
         """Those cells on disk."""

@@ -1,9 +1,9 @@
 """Cells to read: a local SOMA collection of the Census schema, as large as one likes, written tile by tile.
 
 ``X/raw`` has a Census's layout: tiles of 2048 x 2048, zstd with a byte shuffle before it where a Census has one, 65,536
-cells a data tile. Genes are detected as unevenly as real ones, and counts are small. There is no biology in it: decoding
-costs what the layout and the number of non-zeros cost. Everything follows from the seed; a collection that is there
-is taken as it is.
+cells a data tile. Genes are detected as unevenly as real ones, and counts are small. There is no biology in it:
+decoding costs what the layout and the number of non-zeros cost. Everything follows from the seed; a collection that is
+there is taken as it is.
 """
 
 from __future__ import annotations

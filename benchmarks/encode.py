@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.context import Context
 from benchmarks.data import Design, csr
 from benchmarks.machine import machine
-from benchmarks.models import CENSUS, TYPICAL, UNLABELED, WIDE, Size, quiet, reference
+from benchmarks.models import CENSUS, TYPICAL, UNLABELED, WIDE, quiet, reference
 from benchmarks.turns import Way, in_turns
 from benchmarks.values import Figure, Ratio, Report
 
@@ -138,8 +138,12 @@ def main() -> None:
     for (heading, found), figure in zip(report.measurements.items(), report.figures, strict=True):
         seconds = [one.cpu if told.device == "cpu" else one.wall for one in found]
         rates = {one.way: one.amount / spent for one, spent in zip(found, seconds, strict=True)}
-        rows.append({"configuration": heading, "ratio": figure.value, "cells_per_second": rates, **report.facts[heading]})
-        print(f"{heading}: ratio {figure.value:.1f}; " + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items()))
+        rows.append(
+            {"configuration": heading, "ratio": figure.value, "cells_per_second": rates, **report.facts[heading]}
+        )
+        print(
+            f"{heading}: ratio {figure.value:.1f}; " + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+        )
     if told.out:
         command = f"python -m benchmarks.encode --device {told.device}"
         found_ = {"command": command, "machine": machine(), "device": told.device, "rows": rows}

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 TITLE = "End to end"
 COUNTS = (
-    "CPU-seconds of one process on one core, from an atlas on disk to latents and labels of every cell; imports and the"
-    " loaded reference are outside on both sides, everything else is inside. The script reads slices of 16,384 cells of"
-    " the reference's genes by `cellxgene_census.get_anndata`, then `SCANVI.load_query_data`,"
-    " `get_latent_representation` and `predict`, and keeps both in memory. Ours is `pipelines.map` with"
-    ' `engine="inline"`: scan, preflight, mapping, parquet and commit of a new store, two obs columns kept. Read-only is'
-    " the same reader on the same shards and genes, which throws its blocks away."
+    "CPU-seconds of one process on one core, from an atlas on disk to latents and labels of every cell; imports are"
+    " outside on both sides, everything else is inside. The script reads slices of 16,384 cells of the reference's"
+    " genes by `cellxgene_census.get_anndata`, then `SCANVI.load_query_data`, `get_latent_representation` and"
+    " `predict` at a batch size that is quick for it, and keeps both in memory. Ours is `pipelines.map`, inline: scan,"
+    " preflight, mapping, parquet and commit of a new store, two obs columns kept. Read-only is the same reader on the"
+    " same shards and genes, which throws its blocks away."
 )
 SHARD = 16_384
 KEPT = ("cell_type", "donor_id")

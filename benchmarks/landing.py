@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 TITLE = "Landing"
 COUNTS = (
-    "CPU-seconds of one process on one core. Reading is what a run does: shards of 16,384 cells with two obs columns, in"
-    " the 2,000 genes of a reference (the figure) or in all 20,000 genes, from SOMA and from the landing of the same"
+    "CPU-seconds of one process on one core. Reading is what a run does: shards of 16,384 cells with two obs columns,"
+    " in the 2,000 genes of a reference (the figure) or in all 20,000 genes, from SOMA and from the landing of the same"
     " cells. Landing is `pipelines.land`, inline, into a new folder."
 )
 

@@ -84,9 +84,7 @@ def run(context: Context) -> Report:
         found = _compare(saved, package, _in_process, context.pick(_TIMES, 2))
     names = {"ours": "package", "plain": "Model.load"}
     measured = [
-        Measurement(
-            name, 1, "loads", tuple(Sample(turn, *spent) for turn, spent in enumerate(found[way]["samples"]))
-        )
+        Measurement(name, 1, "loads", tuple(Sample(turn, *spent) for turn, spent in enumerate(found[way]["samples"])))
         for way, name in names.items()
     ]
     return Report(TITLE, COUNTS, [], {"Fresh processes": measured}, {"ratio_of_walls": found["ratio"]})

@@ -52,7 +52,7 @@ CENSUS = Size(8_000, 512, 2, 50, 512)
 
 def genes_of(design: Design, size: Size, seed: int = 0) -> list[str]:
     """The reference's genes: drawn at random, so that a cell has the same density in them as in all genes."""
-    chosen = np.random.default_rng([seed, size.genes]).choice(design.genes, min(size.genes, design.genes), replace=False)
+    chosen = np.random.default_rng([seed, size.genes]).choice(design.genes, size.genes, replace=False)
     names = design.gene_ids()
     return [names[number] for number in np.sort(chosen)]
 

@@ -110,7 +110,7 @@ def figures_table(sections: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         bar = BARS[name]
         met = "" if value is None else "met" if bar.met_by(value) else "**missed**"
-        rows.append([f"`{name}`", "–" if value is None else f"{value:.3g}", f"{bar.sense} {bar.value:g}", met])
+        rows.append([f"`{name}`", "none" if value is None else f"{value:.3g}", f"{bar.sense} {bar.value:g}", met])
         rows[-1].append(reasons.get(name, ""))
     return table(["figure", "value", "bar", "", "reason"], rows)
 
@@ -137,7 +137,7 @@ def group_table(told: dict[str, Any], group: str) -> list[str]:
     rows = []
     for one in told["measurements"][group]:
         if one["missing"]:
-            rows.append([one["way"], "–", one["missing"], "", "", ""])
+            rows.append([one["way"], "", one["missing"], "", "", ""])
             continue
         rates = [number(one[f"per_cpu_second_{which}"]) for which in ("median", "best")]
         times = [f"{one['cpu_median']:.3g}", f"{one['wall_median']:.3g}"]
@@ -148,7 +148,7 @@ def group_table(told: dict[str, Any], group: str) -> list[str]:
 
 def number(value: float) -> str:
     """With separators where it is large."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits are enough
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -46,7 +46,7 @@ def _recall(found: Any, truth: Any) -> float:
 def _least(search: Search, queries: Any, truth: Any, wanted: float) -> tuple[int, float]:
     """The least effort that reaches a recall on some queries, and the recall; the most of all where none does."""
     effort, reached = 0, 0.0
-    for effort in _EFFORTS:  # noqa: B007 - what it ends with is returned
+    for effort in _EFFORTS:
         reached = _recall(search(queries[:_SAMPLE], effort), truth[:_SAMPLE])
         if reached >= wanted:
             break

@@ -1,4 +1,4 @@
-"""Reading SOMA into CSR on one core: ours against TileDB-SOMA's readers, and files against bare reads of their formats."""
+"""Reading SOMA into CSR on one core, against TileDB-SOMA's readers; files, against bare reads of their formats."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 TITLE = "Reading"
 COUNTS = (
     "CPU-seconds of one process on one core, from an open experiment to CSR in memory, all 20,000 genes, page cache"
-    " warm. Ours is `open_source(...).read` of shards of 16,384 cells, which also reads and checks obs; `.tables()` only"
-    " fetches the triplets and drops them; tiledbsoma_ml does not shuffle. Files: ours against h5py or zarr-python"
+    " warm. Ours is `open_source(...).read` of shards of 16,384 cells, which also reads and checks obs; `.tables()`"
+    " only fetches the triplets and drops them; tiledbsoma_ml does not shuffle. Files: ours against h5py or zarr-python"
     " reading the same three arrays whole, which checks nothing and selects nothing."
 )
 _BATCH = 8192

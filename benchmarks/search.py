@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.index import sizes
@@ -12,6 +11,8 @@ from benchmarks.turns import Way, in_turns
 from benchmarks.values import Figure, Ratio, Report
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from benchmarks.context import Context
     from benchmarks.values import Measurement
 

@@ -45,7 +45,7 @@ class Latents:
     seed: int = 0
 
     def folder(self, scratch: Path) -> Path:
-        """Where it lies; made if it is not there: ``vectors.npy``, ``queries.npy``, ``truth.npy`` and ``columns.npz``."""
+        """Where it lies, made if it is not there: vectors, queries, the truth, and kept columns."""
         path = scratch / f"latents-{self.cells}-{digest(asdict(self))[:8]}"
         if not (path / "truth.npy").exists():
             print(f"making {path.name}", flush=True)

@@ -1,8 +1,8 @@
 """The run on Ray: two workers against one, and what Ray and the commit add to one process.
 
 A run reports every unit that is done. The benchmark listens, and notes cells, time and the CPU-seconds of the whole
-process tree each time; the slope over the units in the middle is what a cell costs once everything has started, whatever
-starting took.
+process tree each time; the slope over the units in the middle is what a cell costs once everything has started,
+whatever starting took.
 """
 
 from __future__ import annotations
