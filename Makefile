@@ -38,7 +38,7 @@ docs: setup
 
 # What the benchmarks compare with. A peer that does not install is left out: the results name it, and why.
 $(PEERS): $(READY)
-	for peer in tiledbsoma-ml lancedb usearch tiledb-vector-search; do \
+	for peer in annbatch zarrs tiledbsoma-ml lancedb usearch tiledb-vector-search; do \
 	  $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $$peer || echo "$$peer is left out"; \
 	done
 	touch $(PEERS)

@@ -17,10 +17,6 @@ from typing import Any
 from benchmarks.usage import adopt_orphans, own_seconds, reap, running_seconds
 
 
-class Missing(Exception):  # noqa: N818 - no error of the way's
-    """A way cannot be taken here; the reason is its message."""
-
-
 def main() -> None:
     """Prepare what the first line names, then do it once for each further line."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -33,8 +29,6 @@ def main() -> None:
         _answer(answers, {"ready": True})
         for _ in sys.stdin:
             _answer(answers, _timed(once))
-    except Missing as error:
-        _answer(answers, {"missing": str(error)})
     except ImportError as error:
         _answer(answers, {"missing": f"{error.name or 'a package'} cannot be imported: {error}"})
     except Exception:  # noqa: BLE001 - the parent raises it

@@ -28,14 +28,14 @@ def write_files(folder: Path, collection: Path, cells: int) -> dict[str, Path]:
         "zarr 3": folder / f"{stem}.zarr",
     }
     if not all(path.exists() for path in paths.values()):
-        data = _cells(collection, cells)
+        data = cells_of(collection, cells)
         data.write_h5ad(paths["h5ad, uncompressed"])
         data.write_h5ad(paths["h5ad, gzip"], compression="gzip")
         _write_zarr(data, paths["zarr 3"])
     return paths
 
 
-def _cells(collection: Path, cells: int) -> Any:
+def cells_of(collection: Path, cells: int) -> Any:
     """AnnData of the first cells, names and counts alone."""
     import anndata
     import pandas as pd
@@ -54,10 +54,10 @@ def _cells(collection: Path, cells: int) -> Any:
 
 
 def _write_zarr(data: Any, path: Path) -> None:
-    import anndata
+    import zarr
+    from anndata.io import write_elem
 
-    with anndata.settings.override(zarr_write_format=3):
-        data.write_zarr(path, chunks=None)
+    write_elem(zarr.open_group(str(path), mode="w", zarr_format=3), "/", data)
 
 
 def bare_h5(path: str) -> Once:

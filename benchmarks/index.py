@@ -23,7 +23,7 @@ COUNTS = (
 
 def sizes(context: Context) -> tuple[int, int]:
     """Cells and queries."""
-    return context.pick(1_000_000, 50_000), context.pick(10_000, 1_000)
+    return context.pick(1_000_000, 50_000), context.pick(2_000, 1_000)
 
 
 def run(context: Context) -> Report:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.data import source_of
 from benchmarks.endtoend import KEPT, SHARD
+from benchmarks.files import cells_of
 from benchmarks.models import TYPICAL, reference
 from benchmarks.turns import Way, in_turns
 from benchmarks.values import Figure, Ratio, Report
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 TITLE = "Landing"
 COUNTS = (
     "CPU-seconds of one process on one core. Reading is what a run does: shards of 16,384 cells with two obs columns,"
-    " in the 2,000 genes of a reference (the figure) or in all 20,000 genes, from SOMA and from the landing of the same"
-    " cells. Landing is `pipelines.land`, inline, into a new folder."
+    " in the 2,000 genes of a reference (the figure) or in all 20,000 genes, from SOMA and from the landing of the"
+    " same cells; annbatch reads all genes from a sharded zarr of its own, by the zarrs pipeline. Landing is"
+    " `pipelines.land`, inline, into a new folder."
 )
 
 
@@ -41,9 +43,42 @@ def run(context: Context) -> Report:
             Way(name, "benchmarks.landing:read", {"source": where, "package": genes}, cells)
             for name, where in (("landing", f"landing:{out}"), ("SOMA", source))
         ]
+        if not genes:
+            ways.append(Way("annbatch", "benchmarks.landing:annbatch", _sharded(context, cells), cells))
         measured[heading] = in_turns(ways, context.log, context.samples)
     figure = Figure.ratio("landing_vs_soma", Ratio.of(*measured["Reading, 2,000 genes"]))
     return Report(TITLE, COUNTS, [figure], measured, {"bytes_per_cell": size / cells})
+
+
+def _sharded(context: Context, cells: int) -> dict[str, str | int]:
+    """What the peer is told: where the cells are, and where it keeps them in its own layout."""
+    collection = context.collection()
+    out = context.folder / f"{collection.name}-first-{cells}-annbatch.zarr"
+    return {"collection": str(collection), "cells": cells, "out": str(out)}
+
+
+def annbatch(collection: str, cells: int, out: str) -> Once:
+    """annbatch over its own sharded zarr of the same cells, in order, without obs."""
+    import anndata
+    import zarr
+    import zarrs  # noqa: F401 - zarr takes it by its name, and says no ImportError where it is absent
+    from annbatch import Loader, write_sharded
+
+    if not Path(out).exists():
+        making = Path(f"{out}.writing")
+        shutil.rmtree(making, ignore_errors=True)
+        data = cells_of(Path(collection), cells)
+        write_sharded(zarr.open_group(str(making), mode="w", zarr_format=3), data)
+        making.rename(out)
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": 1})
+    counts = anndata.io.sparse_dataset(zarr.open_group(out, mode="r")["X"])
+
+    def once() -> dict[str, Any]:
+        loader = Loader(chunk_size=512, preload_nchunks=16, batch_size=8192, shuffle=False).add_dataset(counts)
+        blocks = [batch["X"].shape[0] for batch in loader]
+        return {"cells": sum(blocks)}
+
+    return once
 
 
 def landed(source: str, out: str) -> Once:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 _PACKAGES = ("scvi-tools", "torch", "ray", "tiledbsoma", "anndata", "pyarrow", "numpy", "numba", "zarr", "faiss-cpu")
-PEERS = ("tiledbsoma-ml", "lancedb", "usearch", "tiledb-vector-search")
+PEERS = ("annbatch", "tiledbsoma-ml", "lancedb", "usearch", "tiledb-vector-search")
 """What the extra ``bench`` installs to compare with."""
 
 

@@ -8,6 +8,7 @@ being started until it and all that it started have ended.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -44,7 +45,7 @@ class Way:
     amount, unit
         How much one sample does.
     cpus
-        Cores that its processes are pinned to; it is given as many threads.
+        Cores that its processes are pinned to, and given as many threads; the first that may be used unless said.
     fresh
         Whether each sample is a new process, counted as a whole.
     python
@@ -56,7 +57,7 @@ class Way:
     told: Mapping[str, Any]
     amount: float
     unit: str = "cells"
-    cpus: tuple[int, ...] = (0,)
+    cpus: tuple[int, ...] = ()
     fresh: bool = field(default=False, kw_only=True)
     python: str | None = field(default=None, kw_only=True)
 
@@ -80,7 +81,8 @@ class Child:
         self._way, self._log = way, log
         self._began = time.perf_counter()
         self.missing = ""
-        threads = {name: str(len(way.cpus)) for name in _THREADS}
+        cpus = way.cpus or tuple(sorted(os.sched_getaffinity(0))[:1])
+        threads = {name: str(len(cpus)) for name in _THREADS}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
         with log.open("a") as output:
             output.write(f"== {way.name}: {way.call}\n")
@@ -94,16 +96,25 @@ class Child:
                 cwd=ROOT,
                 env=os.environ | threads | {"PYTHONPATH": path, "RAY_ADDRESS": "local", "PYTHONWARNINGS": "ignore"},
             )
-        self._tell(json.dumps({"call": way.call, "told": dict(way.told), "cpus": list(way.cpus)}))
-        answer = self._hear()
-        self.missing = answer.get("missing", "")
+        self._tell(json.dumps({"call": way.call, "told": dict(way.told), "cpus": list(cpus)}))
+        try:
+            self.missing = self._hear().get("missing", "")
+        except FailedError:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
+        self.close()
+
+    def close(self) -> None:
+        """End the process, and wait until it has ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def take(self, turn: int) -> Sample:
         """Do it once."""
@@ -123,11 +134,9 @@ class Child:
         return Sample(turn, time.perf_counter() - self._began, cpu, answer["result"])
 
     def _tell(self, line: str) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has died, which its answer tells
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died, which the answer tells
 
     def _hear(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
