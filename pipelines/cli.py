@@ -20,6 +20,7 @@ from pipelines.cli_adapter import app as adapter_app
 from pipelines.cli_choose import choose
 from pipelines.cli_derive import derive
 from pipelines.cli_index import index
+from pipelines.cli_land import land
 from pipelines.cli_publish import publish
 from pipelines.cli_reference import app as reference_app
 from pipelines.cli_train import train
@@ -67,7 +68,11 @@ class _Commands(TyperGroup):
             raise typer.Exit(MACHINE) from None
         except KeyboardInterrupt:
             kept = "What is complete is kept: run the same command to go on."
-            told = kept if ctx.invoked_subcommand in ("map", "train", "derive") else "Nothing is left half-written."
+            told = (
+                kept
+                if ctx.invoked_subcommand in ("map", "train", "derive", "land")
+                else "Nothing is left half-written."
+            )
             typer.echo(f"scviaduct: interrupted. {told}", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
@@ -87,6 +92,7 @@ app.command()(choose)
 app.command()(publish)
 app.command()(derive)
 app.command()(index)
+app.command()(land)
 app.add_typer(adapter_app, name="adapter")
 
 

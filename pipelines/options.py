@@ -12,6 +12,7 @@ Where cells come from (quote it; values are percent-encoded):\n
 - `soma:PATH_OR_URL?measurement=RNA&layer=raw&filter=...` (`measurement=RNA,ATAC` for several)\n
 - `cells.h5ad`, `cells.h5mu`, `cells.zarr`, a folder or a glob of them, local or by URL\n
 - `cells.h5mu?modality=rna,protein&layer=rna:counts,protein:raw` (all modalities of a usual name by default)\n
+- `landing:PATH?filter=...`, or the folder itself: what `scviaduct land` wrote\n
 - `cells.h5ad?proteins=protein_expression` (proteins in obsm), `peaks.h5ad?modality=atac` (what X is)
 """
 Source = Annotated[str, Argument(metavar="SOURCE", help=SOURCE_HELP)]

@@ -8,7 +8,9 @@ Points, in the order that a unit meets them: ``read`` (a reader holds the shard)
 ``staged`` (the unit's files are written), ``recorded`` (its completion record is), ``latents-committed`` (inside the
 commit, between the two tables), ``committed`` (after the commit point). A batch that is fitted meets ``fitted`` (its
 adapter is on the shelf); a unit that is derived meets ``decode`` (an actor holds the block), ``staged``, ``recorded``,
-``placed`` (one of its files is in its place) and, in the commit of its set, ``derived-written``.
+``placed`` (one of its files is in its place) and, in the commit of its set, ``derived-written``. A piece that is landed
+meets ``piece-written`` (its counts are in their place, its cells are not), and the landing ``landing-written`` (its
+manifest is written and not yet in its place).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 POINTS = (
     *("read", "encode", "staged", "recorded", "latents-committed", "committed"),
     *("fitted", "decode", "placed", "derived-written"),
+    *("piece-written", "landing-written"),
 )
 
 

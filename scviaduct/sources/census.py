@@ -11,7 +11,7 @@ import tiledbsoma
 from scviaduct.errors import SourceError
 from scviaduct.sources.soma import SomaSource
 from scviaduct.sources.somacounts import SOMA_ERRORS, buffers
-from scviaduct.sources.unreadable import NothingThereError
+from scviaduct.sources.unreadable import NothingThereError, reading, refused
 from scviaduct.sources.uri import local_path, quoted_url
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class CensusSource(SomaSource):
             self._release, collection = address.location, self._open_mirror(self._mirror, context)
         else:
             self._release, collection = _open_release(address.location, context)
-        self._handles.enter_context(collection)
+        self._collection = self._handles.enter_context(collection)
         self._where = quoted_url(self._mirror) if self._mirror else f"census:{self._release}"
         if "census_data" not in collection:
             raise SourceError(
@@ -93,6 +93,25 @@ class CensusSource(SomaSource):
             return self._release, address
         version, pinned = super()._pin(address)
         return f"{self._release}+{version}", pinned
+
+    def dataset_versions(self) -> dict[str, str]:
+        """``dataset_version_id`` of each dataset; empty where the collection does not say."""
+        return self._told("datasets", "dataset_id", "dataset_version_id")
+
+    def schema_version(self) -> str:
+        """``census_schema_version``: how the release was made of its datasets; empty where it does not say."""
+        return self._told("summary", "label", "value").get("census_schema_version", "")
+
+    def _told(self, name: str, key: str, value: str) -> dict[str, str]:
+        """Two columns of a table of ``census_info``."""
+        if "census_info" not in self._collection or name not in self._collection["census_info"]:
+            return {}
+        frame = self._collection["census_info"][name]
+        if not {key, value} <= {*frame.schema.names}:
+            return {}
+        with refused(), reading(f"census_info/{name} of {self._where}", SOMA_ERRORS):
+            table = frame.read(column_names=[key, value]).concat()
+        return dict(zip(table[key].to_pylist(), table[value].to_pylist(), strict=True))
 
     def describe(self) -> dict[str, str]:
         """See :meth:`~scviaduct.sources.source.Source.describe`."""

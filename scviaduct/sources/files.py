@@ -73,7 +73,7 @@ class FileSource(TableSource):
             self._held = open_container(root, address.parameters, self.source)
             self._obs, self._features = self._held.obs, self._held.features
             primary = PRIMARY in self._obs.columns and self._obs.is_bool(PRIMARY) and not address.keeps_duplicates
-        self._var, self.n_genes = self._features.parts[0].var, self._features.n_genes
+        self.var_index, self.n_genes = self._features.parts[0].var.index, self._features.n_genes
         key = self._column(address, "key") or self._obs.index
         dataset = self._column(address, "dataset")
         self._rule = RowRule(key, dataset, "" if dataset else stem(address.location), primary, self.source)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from scviaduct.errors import SourceChangedError
 from scviaduct.sources.source import REPLAN
 from scviaduct.sources.unreadable import NothingThereError
-from scviaduct.sources.uri import parse
+from scviaduct.sources.uri import local_path, parse
 
 if TYPE_CHECKING:
     from scviaduct.sources.source import Source
@@ -28,8 +28,9 @@ def open_source(uri: str) -> Source:
     ----------
     uri
         ``census:2025-11-08?organism=homo_sapiens&filter=tissue_general == 'lung'`` (with ``uri=`` a mirror or a local
-        collection); ``soma:PATH_OR_URL?measurement=RNA&layer=raw``; or the path or fsspec URL of a ``.h5ad``, a
-        ``.h5mu``, a ``.zarr``, a folder or a glob of them. See :mod:`scviaduct.sources.uri` for the parameters.
+        collection); ``soma:PATH_OR_URL?measurement=RNA&layer=raw``; the path or fsspec URL of a ``.h5ad``, a
+        ``.h5mu``, a ``.zarr``, a folder or a glob of them; or ``landing:PATH`` (also the bare folder of a landing). See
+        :mod:`scviaduct.sources.uri` for the parameters.
 
     Raises
     ------
@@ -41,6 +42,8 @@ def open_source(uri: str) -> Source:
         If the URI is pinned and leads to other content by now.
     """
     address = parse(uri)
+    if address.scheme == "file" and (path := local_path(address.location)) and (path / "landing.json").is_file():
+        address = parse(f"landing:{address}")
     # tiledbsoma takes seconds to import, and h5py with zarr one: a command pays for what it opens.
     if address.scheme == "census":
         from scviaduct.sources.census import CensusSource
@@ -50,6 +53,10 @@ def open_source(uri: str) -> Source:
         from scviaduct.sources.soma import SomaSource
 
         return SomaSource(address)
+    if address.scheme == "landing":
+        from scviaduct.landing.sets import open_landing
+
+        return open_landing(address)
     from scviaduct.sources.fileset import open_files
 
     return open_files(address)

@@ -102,6 +102,7 @@ class SomaSource(TableSource):
         self.absent_genes = self._absent(address, [joinids for _, joinids in opened])
         self._features = Features([part for part, _ in opened])
         self.n_genes, self._genes = self._features.n_genes, self._features.table(self.absent_genes)
+        self.var_index = self._features.parts[0].var.index
         layer = ",".join(f"{name}:{held}" if len(layers) > 1 else held for name, (held, _) in layers.items())
         spelled = (token(*item) if len(layers) > 1 else item[0] for item in measurements.items())
         return address.pinned(measurement=",".join(spelled), layer=layer, key=key, dataset=dataset or None)

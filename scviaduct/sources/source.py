@@ -168,10 +168,16 @@ class TableSource(Source):
     n_genes: int
     absent_genes: npt.NDArray[np.bool_] | None
     """Genes that ``var_filter`` leaves out."""
+    var_index: str
+    """What the file calls the column that is ``"index"`` of the gene table (of its first modality)."""
 
     @abc.abstractmethod
     def cells(self, columns: tuple[str, ...], start: int = 0, stop: int | None = None) -> Iterator[Cells]:
         """Stream the selected cells with rows in ``[start, stop)``, in order, in bounded batches."""
+
+    def cells_of(self, dataset: str, columns: tuple[str, ...], start: int, stop: int) -> Iterator[Cells]:
+        """The same of one dataset alone."""
+        return (cells.only(dataset) for cells in self.cells(columns, start, stop))
 
     @abc.abstractmethod
     def counts(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
@@ -223,6 +229,18 @@ class TableSource(Source):
             counts = assemble(self.counts(rows, target))
         return CellBlock(shard, counts.indptr, counts.indices, counts.data, target.n_genes, rows, obs)
 
+    def select(self, shard: Shard, columns: Sequence[str] = (), limit: int | None = None) -> tuple[LongArray, pa.Table]:
+        """Read a shard's rows and obs columns without its counts; arguments and errors as of :meth:`Source.read`.
+
+        Returns
+        -------
+        tuple
+            int64 rows, and a table as ``CellBlock.obs`` is.
+        """
+        self._check(shard, columns)
+        with quarantined(f"Rows {shard.start} to {shard.stop} of dataset '{shard.dataset_id}' in {self.source}"):
+            return self._select(shard, tuple(dict.fromkeys(columns)), limit)
+
     def _check(self, shard: Shard, columns: Sequence[str]) -> None:
         if shard.version != self.version:
             raise SourceChangedError(
@@ -241,8 +259,7 @@ class TableSource(Source):
     def _select(self, shard: Shard, columns: tuple[str, ...], limit: int | None) -> tuple[LongArray, pa.Table]:
         """Rows and obs of the shard's cells, verified."""
         rows, tables, hasher, found = [np.zeros(0, np.int64)], [], rows_hasher(), 0
-        for batch in self.cells(columns, shard.start, shard.stop):
-            cells = batch.only(shard.dataset_id)
+        for cells in self.cells_of(shard.dataset_id, columns, shard.start, shard.stop):
             rows.append(cells.rows)
             tables.append(pa.table({KEY_COLUMN: cells.keys, **{name: cells.obs[name] for name in columns}}))
             hasher.update(rows_bytes(cells.rows))

@@ -1,6 +1,7 @@
 """The grammar of source URIs: ``SCHEME:LOCATION?NAME=VALUE&NAME=VALUE``.
 
-Three schemes: ``census:RELEASE``, ``soma:PATH_OR_URL``, and none at all for files (a path or an fsspec URL). Everything
+Four schemes: ``census:RELEASE``, ``soma:PATH_OR_URL``, ``landing:PATH`` for what ``scviaduct land`` wrote, and none at
+all for files (a path or an fsspec URL). Everything
 is percent-decoded once, the location too: write ``%3F`` for a question mark and ``%25`` for a percent sign in a path,
 and ``%26`` for an ampersand in a value (or ``and`` in a filter). An :class:`Address` turns into canonical text:
 parameters sorted, values quoted, local paths absolute.
@@ -42,6 +43,10 @@ PARAMETERS: dict[str, dict[str, str]] = {
         "key": "obs column that names a cell within its dataset",
         "dataset": "obs column that names the dataset",
     },
+    "landing": {
+        **{name: told for name, told in _COMMON.items() if name != "layer"},
+        "part": "of several files that were landed, the one to read, by its URL",
+    },
     "file": {
         **_COMMON,
         "modality": "of several, those to read: rna,protein; NAME:atac says what NAME is",
@@ -71,7 +76,7 @@ class Address:
     Attributes
     ----------
     scheme
-        ``census``, ``soma`` or ``file``.
+        ``census``, ``soma``, ``landing`` or ``file``.
     location
         Decoded: a release name, or an absolute URL (``file:///...`` for local paths).
     parameters
@@ -119,7 +124,7 @@ def parse(uri: str) -> Address:
     """
     refuse_secrets(uri)
     scheme, rest = "file", uri
-    for prefix in ("census", "soma"):
+    for prefix in ("census", "soma", "landing"):
         if uri.startswith(f"{prefix}:"):
             scheme, rest = prefix, uri.removeprefix(f"{prefix}:")
     location, _, query = rest.partition("?")
@@ -182,6 +187,12 @@ def refuse_secrets(uri: str) -> None:
             if _SECRET.search(name):
                 raise SourceError(f"The URL of a source carries the token '{name}', which would be stored.", _ASIDE)
         text, before = unquote(text), text
+
+
+def extended(selection: str, **parameters: str) -> str:
+    """An address's ``selection`` with further parameters."""
+    held = dict(part.split("=", 1) for part in selection.split("&") if part)
+    return _query({name: unquote(value) for name, value in held.items()} | parameters)
 
 
 def _query(parameters: Mapping[str, str]) -> str:

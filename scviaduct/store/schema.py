@@ -111,7 +111,8 @@ def unit_rows(
     ambiguous = pa.array(mapping.entropy > settings.ambiguous_entropy, mask=unlabelled)
     said = [label, *figures, ambiguous, _constant(reference, n), _adapters(mapping)]
     latents = pa.table([*key, _lists(mapping), *said, *origin], schema=LATENTS)
-    joinids = pa.array(block.rows) if shard.uri.startswith(("census:", "soma:")) else pa.nulls(n, pa.int64())
+    # By the namespace, not by where the shard was read: rows of a landing are those of what was landed.
+    joinids = pa.array(block.rows) if shard.source.startswith(("census:", "soma:")) else pa.nulls(n, pa.int64())
     schema = cells_schema(settings.keep_obs)
     kept = [
         as_text(block.obs[name]) if kind == "string" else block.obs[name].cast(TYPES[kind])

@@ -163,7 +163,8 @@ def profile_of(source: Source, scan: Scan, uri: str, aim: Aim = "", sample: int 
 def undeclared(source: Source, scan: Scan, uri: str) -> tuple[dict[str, str], str]:
     """URI parameters that a file needs to give all that it holds, and why: peaks in ``X``, proteins in ``obsm``."""
     address = parse(uri)
-    if address.scheme != "file" or not scan.shards:
+    # What was opened tells a landing from other folders; what is in it was declared when it was landed.
+    if parse(source.uri).scheme != "file" or not scan.shards:
         return {}, ""
     shard = scan.shards[0]
     table = source.genes(shard)
