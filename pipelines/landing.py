@@ -4,94 +4,26 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.landing import land_task
 from cluster.connect import connect, require_answer
 from cluster.tasks import run_tasks
 from pipelines.jobs import SHARD_CELLS
+from pipelines.landed import LandResult, Unreadable
 from pipelines.progress import reporter
 from scviaduct.errors import DataError, EngineError, InputError
 from scviaduct.landing import Landing, land_piece, plan_landing
 from scviaduct.landing.planning import bytes_a_cell, foreseen
-from scviaduct.landing.pruning import Pruned
 from scviaduct.landing.pruning import prune as prune_landing
 from scviaduct.sources import open_source
 from scviaduct.sources.uri import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from pipelines.progress import Reporter
     from scviaduct.landing import LandingPlan, Manifest, Piece, PieceJob
     from scviaduct.landing.writing import Landed
-
-UNREADABLE_STATUS = 4
-"""Exit status of a landing that lacks counts of some pieces, or could not be published."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Cells of the source that could not be landed, or only without their counts."""
-
-    dataset_id: str
-    start: int
-    stop: int
-    cells: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class LandResult:
-    """What landing came to.
-
-    Attributes
-    ----------
-    landing
-        Path of the folder.
-    state
-        ``planned`` (a dry run), ``nothing to do``, ``landed``, ``failed`` if cells could not be read (nothing was
-        published), or ``pruned``.
-    source, version
-        What was landed.
-    cells, pieces
-        Of the landing.
-    written, reused
-        Pieces whose counts were written now, and those that were there.
-    nbytes
-        Bytes of the landing; of a dry run, about what would be written.
-    fractional
-        Pieces with counts that are not whole numbers from 0 on; they are kept as float32.
-    unreadable
-        Pieces that could not be read, with their reasons.
-    left_out
-        obs columns that cannot be kept, with the reason.
-    pruned
-        What was removed; None if that was not asked.
-    seconds
-        Of each stage.
-    """
-
-    landing: str
-    state: Literal["planned", "nothing to do", "landed", "failed", "pruned"]
-    source: str = ""
-    version: str = ""
-    cells: int = 0
-    pieces: int = 0
-    written: int = 0
-    reused: int = 0
-    nbytes: int = 0
-    fractional: int = 0
-    unreadable: tuple[Unreadable, ...] = ()
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    pruned: Pruned | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def exit_status(self) -> int:
-        """0, or 4 if something could not be read."""
-        return UNREADABLE_STATUS if self.unreadable else 0
 
 
 def land(
@@ -148,7 +80,7 @@ def land(
     began = time.monotonic()
     with reporter(quiet=quiet) as progress, open_source(source) as opened:
         there = landing.manifest() if landing.is_there else None
-        _require_same(landing, there, opened.uri)
+        require_same(landing, there, opened.uri)
         plan = plan_landing(opened, piece_cells or (there.piece_cells if there else SHARD_CELLS))
         scanned = time.monotonic()
         if dry_run:
@@ -315,7 +247,7 @@ def _foreseen(landing: Landing, plan: LandingPlan, began: float) -> LandResult:
     )
 
 
-def _require_same(landing: Landing, there: Manifest | None, uri: str) -> None:
+def require_same(landing: Landing, there: Manifest | None, uri: str) -> None:
     """Refuse to put another source, or another selection of it, in the place of what was landed."""
     if there is not None and _place(there.uri) != _place(uri):
         raise InputError(

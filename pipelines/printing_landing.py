@@ -10,7 +10,7 @@ import typer
 from pipelines.printing import dump
 
 if TYPE_CHECKING:
-    from pipelines.landing import LandResult
+    from pipelines.landed import LandResult
 
 
 def landing(result: LandResult, *, as_json: bool) -> None:
@@ -47,8 +47,8 @@ def _line(result: LandResult) -> str:
             return f"Nothing to do: {result.landing} holds version {result.version} ({held}, {_size(result.nbytes)})."
         case "landed":
             without = f", {unread:,} without counts" if unread else ""
-            took = result.seconds["land"]
-            return f"{result.landing} holds {held}, {_size(result.nbytes)} ({new}{without}; {took:.1f} s)."
+            took = f"; {result.seconds['land']:.1f} s" if result.seconds else ""
+            return f"{result.landing} holds {held}, {_size(result.nbytes)} ({new}{without}{took})."
         case "failed":
             return (
                 f"Not published: cells of {_counted(unread, 'piece')} cannot be read. What is complete is kept ({new})."

@@ -63,7 +63,7 @@ def read_cells(file: Path, digest: str, columns: Sequence[str]) -> PieceCells:
     UnreadableError
         If the file is missing, or is not what was landed.
     """
-    remedy = damaged(file.parents[2])
+    remedy = damaged(file, file.parents[2])
     try:
         held = file.read_bytes()
     except FileNotFoundError as error:

@@ -4,15 +4,12 @@ A piece is a zarr group of three arrays, each one zarr v3 shard of inner chunks:
 the genes of CSR's ``indices`` as differences from the value before, modulo the integer's range, beginning anew at every
 inner chunk. Genes ascend within a cell, so that steps are small: they take 40 % less than the genes themselves.
 
-Every inner chunk ends in a CRC-32C, which the zarrs pipeline verifies when it decodes it; the shard's index, which says
-where chunks lie, has one of its own. A *seal* over the metadata, the index and the checksums pins all of them: a file
-that was cut, swapped or lost shows when the piece is opened, at the cost of a few kilobytes read. Without that a
-missing shard would read as zeros, as zarr has it.
+Every inner chunk ends in a CRC-32C, which the zarrs pipeline verifies when it decodes it; a seal pins them all
+(:mod:`scviaduct.landing.sealing`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -27,6 +24,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from scviaduct.landing.genetables import damaged
 from scviaduct.landing.kernels import adding_up
+from scviaduct.landing.sealing import ARRAYS, seal
 from scviaduct.sources.counts import SLAB_BYTES, Rows, runs
 from scviaduct.sources.unreadable import UnreadableError, told
 
@@ -43,7 +41,6 @@ CHUNK = 65_536
 """Values of an inner chunk. Of 32k, 64k, 128k and 256k values, those up to 64k decode fastest (203k cells a CPU-second
 for the steps of 2,300 genes a cell, 172k at 256k), and a few cells cost one chunk."""
 RECORD = "piece.json"
-_ARRAYS = ("indptr", "steps", "data")
 _VALUE_BYTES = 12
 """What a stored value costs while it is worked on: itself and its gene, and their mapped copies."""
 
@@ -195,37 +192,6 @@ def read_record(folder: Path) -> CountsRecord:
     return CountsRecord(**json.loads((folder / RECORD).read_text()))
 
 
-def seal(folder: Path) -> str:
-    """Digest of the arrays' metadata, of their shards' indexes and of the checksums of their chunks."""
-    whole = hashlib.blake2b(digest_size=16)
-    whole.update((folder / "zarr.json").read_bytes())
-    for name in _ARRAYS:
-        metadata = (folder / name / "zarr.json").read_bytes()
-        held = json.loads(metadata)
-        (shard,) = held["chunk_grid"]["configuration"]["chunk_shape"]
-        (inner,) = held["codecs"][0]["configuration"]["chunk_shape"]
-        whole.update(metadata)
-        if held["shape"] != [0]:
-            _seal_shard(whole, folder / name / "c" / "0", shard // inner)
-    return whole.hexdigest()
-
-
-def _seal_shard(whole: hashlib.blake2b, file: Path, chunks: int) -> None:
-    """Take in the index at the end of a shard, 16 bytes a chunk and a checksum, and the last 4 bytes of each chunk."""
-    with file.open("rb") as shard:
-        length = 16 * chunks + 4
-        size = shard.seek(0, os.SEEK_END)
-        shard.seek(max(0, size - length))
-        index = shard.read()
-        whole.update(size.to_bytes(8, "little") + index)
-        if len(index) != length:
-            return
-        for offset, nbytes in np.frombuffer(index, "<u8", 2 * chunks).reshape(-1, 2).tolist():
-            if offset + nbytes <= size:
-                shard.seek(offset + nbytes - 4)
-                whole.update(shard.read(4))
-
-
 class StoredCounts:
     """The counts of a piece, open.
 
@@ -243,7 +209,7 @@ class StoredCounts:
     """
 
     def __init__(self, folder: Path, sealed: str) -> None:
-        self._folder, self._remedy = folder, damaged(folder.parents[2])
+        self._folder, self._remedy = folder, damaged(folder, folder.parents[2])
         try:
             found = seal(folder)
         except FileNotFoundError as error:
@@ -254,7 +220,7 @@ class StoredCounts:
             problem = f"{folder} does not hold what was landed: its seal is {found}, not {sealed}."
             raise UnreadableError(problem, self._remedy)
         with pipeline():
-            opened = [zarr.open_array(str(folder / name), mode="r") for name in _ARRAYS]
+            opened = [zarr.open_array(str(folder / name), mode="r") for name in ARRAYS]
         self._indptr, self._steps, self._data = opened
 
     def read(self, positions: LongArray, target: GeneTarget) -> Iterator[Rows]:

@@ -55,7 +55,7 @@ def read_genes(file: Path, address: str) -> GeneTable:
     modality = tuple(held[_MODALITY].to_pylist()) if _MODALITY in held.column_names else ()
     table = GeneTable(columns, modality)
     if address_of(table) != address:
-        raise UnreadableError(f"{file} is not the gene table that was landed.", damaged(file.parents[1]))
+        raise UnreadableError(f"{file} is not the gene table that was landed.", damaged(file, file.parents[1]))
     return table
 
 
@@ -69,6 +69,6 @@ def positions(of: GeneTable, among: GeneTable) -> IntArray:
     return np.array([known.get(gene, -1) for gene in of.columns.get(name, ())], np.int32)
 
 
-def damaged(folder: Path) -> str:
-    """The remedy for a file that is not what was written."""
-    return f"Take it away and land again, which writes what is missing: scviaduct land SOURCE --out {folder}."
+def damaged(what: Path, landing: Path) -> str:
+    """The remedy for a file or a folder that is not what was written."""
+    return f"Delete {what} and land again, which writes it anew: scviaduct land SOURCE --out {landing}."

@@ -18,7 +18,7 @@ from scviaduct.sources import open_shard
 from scviaduct.sources.counts import GeneTarget, Rows, assemble
 from scviaduct.sources.source import KEY_COLUMN, TableSource
 from scviaduct.sources.unreadable import quarantined
-from scviaduct.store.files import read_json, write_once
+from scviaduct.store.files import read_json, size, write_once
 from scviaduct.values import digest
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def recall(landing: Landing, job: PieceJob) -> Piece | None:
         told = read_json(landing.obs_record(job.obs_address))
     except FileNotFoundError:
         return None
+    if size(landing.obs_file(job.obs_address)) != told["obs_bytes"]:
+        return None
     return _piece(landing, job, **told)
 
 
@@ -158,6 +160,8 @@ def land_piece(landing: Landing, job: PieceJob) -> Landed:
 
     try:
         counts = tried(read)
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a source raises over its counts, the cells are landed without
         return Landed(_unreadable(landing, job, rows, obs, error), counts_written=False)
     return Landed(_keep(landing, job, rows, obs, counts), counts_written=True)

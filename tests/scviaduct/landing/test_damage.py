@@ -72,7 +72,7 @@ def test_cells(landed):
     with open_source(str(landing.path)) as source, pytest.raises(SourceError, match=r"obs/.*does not hold what was"):
         source.scan(500)
     file.unlink()
-    with open_source(str(landing.path)) as source, pytest.raises(SourceError, match=r"obs/.*is gone.*land again"):
+    with open_source(str(landing.path)) as source, pytest.raises(SourceError, match=r"obs/.*is gone.*Delete .*obs/"):
         source.scan(500)
 
 
@@ -88,6 +88,10 @@ def test_landing_again_mends_what_was_taken_away(landed, land, parity, symphony)
     landing, folders = landed
     shutil.rmtree(folders[1])
     assert land(symphony, landing.path, 500)[1] == 1
+    parity(symphony, landing.path, 500)
+    landing.obs_file(landing.manifest().pieces[2].obs).unlink()
+    landing.genes_file(landing.manifest().parts[0].genes).unlink()
+    assert land(symphony, landing.path, 500)[1] == 0
     parity(symphony, landing.path, 500)
 
 
