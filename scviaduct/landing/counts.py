@@ -23,7 +23,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from scviaduct.landing.genetables import damaged
-from scviaduct.landing.kernels import adding_up
+from scviaduct.landing.kernels import add_up, add_up_wanted
 from scviaduct.landing.sealing import ARRAYS, seal
 from scviaduct.sources.counts import SLAB_BYTES, Rows, runs
 from scviaduct.sources.unreadable import UnreadableError, told
@@ -37,12 +37,16 @@ if TYPE_CHECKING:
     from scviaduct.sources.counts import GeneTarget
     from scviaduct.values import FloatArray, IntArray, LongArray
 
+    _Csr = tuple[LongArray, npt.NDArray[Any], npt.NDArray[Any]]
+
 CHUNK = 65_536
 """Values of an inner chunk. Of 32k, 64k, 128k and 256k values, those up to 64k decode fastest (203k cells a CPU-second
 for the steps of 2,300 genes a cell, 172k at 256k), and a few cells cost one chunk."""
 RECORD = "piece.json"
 _VALUE_BYTES = 12
 """What a stored value costs while it is worked on: itself and its gene, and their mapped copies."""
+_FEW = 0.5
+"""Share of genes below which the wanted ones are picked before they are renumbered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,20 +242,31 @@ class StoredCounts:
         UnreadableError
             If a chunk does not agree with its checksum.
         """
+        wanted = (target.columns >= 0).astype(np.uint8)
+        few = wanted.mean() < _FEW if len(wanted) else False
         for start, stop, chosen in runs(positions):
             indptr = self._stored(self._indptr, start, stop + 1)
             for first, last in _slabs(indptr):
                 low, high = int(indptr[first]), int(indptr[last])
                 inside = chosen[(chosen >= first) & (chosen < last)] - first
-                genes, data = self._genes(low, high), self._stored(self._data, low, high)
-                yield target.align(indptr[first : last + 1] - low, genes, data).take(inside)
+                rows = indptr[first : last + 1] - low
+                held = self._few(rows, low, high, wanted) if few else self._all(rows, low, high)
+                yield target.align(*(held if len(inside) == last - first else _rows(inside, *held)))
 
-    def _genes(self, low: int, high: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """Genes of some values: sums of the steps from the beginning of their inner chunk on."""
+    def _all(self, indptr: LongArray, low: int, high: int) -> _Csr:
+        """Rows of some values, with all genes."""
         begin = low // CHUNK * CHUNK
         genes = self._stored(self._steps, begin, high)
-        adding_up()(genes, CHUNK)
-        return genes[low - begin :]
+        add_up(genes, CHUNK)
+        return indptr, genes[low - begin :], self._stored(self._data, low, high)
+
+    def _few(self, indptr: LongArray, low: int, high: int, wanted: npt.NDArray[np.uint8]) -> _Csr:
+        """Rows of some values, with the wanted genes alone."""
+        steps = self._stored(self._steps, low // CHUNK * CHUNK, high)
+        try:
+            return add_up_wanted(steps, self._stored(self._data, low, high), indptr, wanted, CHUNK)
+        except ValueError as error:
+            raise UnreadableError(f"{self._folder} holds {error}.", self._remedy) from error
 
     def _stored(self, array: Any, start: int, stop: int) -> npt.NDArray[Any]:
         try:
@@ -259,6 +274,15 @@ class StoredCounts:
         except (RuntimeError, OSError, ValueError) as error:
             problem = f"{self._folder}/{array.basename}, values {start} to {stop}, cannot be read ({told(error)})."
             raise UnreadableError(problem, self._remedy) from error
+
+
+def _rows(chosen: LongArray, indptr: LongArray, genes: npt.NDArray[Any], data: npt.NDArray[Any]) -> _Csr:
+    """Some rows of CSR, by position, ascending."""
+    lengths = np.diff(indptr)
+    wanted = np.zeros(len(lengths), np.bool_)
+    wanted[chosen] = True
+    values = np.repeat(wanted, lengths)
+    return np.concatenate(([0], np.cumsum(lengths[chosen]))), genes[values], data[values]
 
 
 def _slabs(indptr: LongArray) -> Iterator[tuple[int, int]]:

@@ -148,19 +148,25 @@ def test_more_genes_than_16_bits_number_and_cells_without_counts(land, parity, t
     )
     adata.write_h5ad(tmp_path / "wide.h5ad")
     landing, _ = land(tmp_path / "wide.h5ad", tmp_path / "landing", 10)
+    few = np.where(np.arange(70_000) % 3, -1, np.arange(70_000) // 3).astype(np.int32)
+    parity(tmp_path / "wide.h5ad", landing.path, 7, (), few, 30_000)
     group = zarr.open_group(str(landing.counts_folder(landing.manifest().pieces[0].counts)), mode="r")
     assert group["steps"].dtype == np.uint32
     parity(tmp_path / "wide.h5ad", landing.path, 7)
 
 
-def test_pieces_of_many_chunks(land, parity, symphony, scrambled, tmp_path, monkeypatch):
+def test_pieces_of_many_chunks(land, parity, symphony, tmp_path, monkeypatch):
     """Slabs and runs that begin and end amid inner chunks."""
     monkeypatch.setattr("scviaduct.landing.counts.CHUNK", 1000)
     monkeypatch.setattr("scviaduct.landing.counts.SLAB_BYTES", 12 * 2500)
     landing, _ = land(symphony, tmp_path / "landing", 700)
-    parity(symphony, landing.path, 450)
     asked = "filter=cell_type == 'DC'"
-    parity(f"{symphony}?{asked}", f"{landing.path}?{asked}", 10)
+    genes = landing.manifest().parts[0].n_genes
+    few = np.full(genes, -1, np.int32)
+    few[np.random.default_rng(0).choice(genes, genes // 5, replace=False)] = np.arange(genes // 5) % 100
+    for gene_map, n_genes in ((None, None), (few, 100), (np.full(genes, -1, np.int32), 3)):
+        parity(symphony, landing.path, 450, ("batch",), gene_map, n_genes)
+        parity(f"{symphony}?{asked}", f"{landing.path}?{asked}", 10, ("batch",), gene_map, n_genes)
 
 
 def test_several_files_each_with_its_genes(land, parity, tmp_path):
