@@ -244,6 +244,7 @@ class StoredCounts:
         """
         wanted = (target.columns >= 0).astype(np.uint8)
         few = wanted.mean() < _FEW if len(wanted) else False
+        same = np.array_equal(target.columns, np.arange(target.n_genes))
         for start, stop, chosen in runs(positions):
             indptr = self._stored(self._indptr, start, stop + 1)
             for first, last in _slabs(indptr):
@@ -251,7 +252,9 @@ class StoredCounts:
                 inside = chosen[(chosen >= first) & (chosen < last)] - first
                 rows = indptr[first : last + 1] - low
                 held = self._few(rows, low, high, wanted) if few else self._all(rows, low, high)
-                yield target.align(*(held if len(inside) == last - first else _rows(inside, *held)))
+                held = held if len(inside) == last - first else _rows(inside, *held)
+                # Genes that stay where they are stand in order already, and no zero is stored.
+                yield Rows(held[0], held[1].astype(np.int32), _real(held[2])) if same else target.align(*held)
 
     def _all(self, indptr: LongArray, low: int, high: int) -> _Csr:
         """Rows of some values, with all genes."""
@@ -274,6 +277,10 @@ class StoredCounts:
         except (RuntimeError, OSError, ValueError) as error:
             problem = f"{self._folder}/{array.basename}, values {start} to {stop}, cannot be read ({told(error)})."
             raise UnreadableError(problem, self._remedy) from error
+
+
+def _real(data: npt.NDArray[Any]) -> FloatArray:
+    return data.astype(np.float32, copy=False)
 
 
 def _rows(chosen: LongArray, indptr: LongArray, genes: npt.NDArray[Any], data: npt.NDArray[Any]) -> _Csr:

@@ -3,7 +3,7 @@
 The inner chunks of a shard end in a CRC-32C each, and the shard's index, which says where they lie, has one of its own.
 The seal is taken over the metadata, the index and these checksums: a file that was cut, swapped or lost shows when the
 piece is opened, a chunk that changed when it is decoded. zarr by itself reads a missing shard as zeros. Over a piece of
-16,384 cells the seal takes 3 ms, where a digest of all its bytes takes 30.
+16,384 cells the seal takes 3 ms, where a digest of all its bytes takes 40.
 """
 
 from __future__ import annotations
