@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from scviaduct.families.device import DeviceEncoder
     from scviaduct.families.network import Network
     from scviaduct.references.saved.archive import SavedModel
     from scviaduct.values import FloatArray, IntArray, LongArray
@@ -189,6 +190,11 @@ class VaeEncoder:
         self._network = self._networks[self.latents[0]]
         self.labels = self._network.labels
         self.n_latent = len(self._network.mean.bias)
+        self._there: DeviceEncoder | None = None
+        if device != "cpu":
+            from scviaduct.families.device import DeviceEncoder  # what it imports, a CPU does not need
+
+            self._there = DeviceEncoder(self._networks, device)
 
     @classmethod
     def open(cls, path: Path, device: str) -> Self:
@@ -217,7 +223,8 @@ class VaeEncoder:
                 for name, network in networks.items():
                     networks[name] = network.extended(tables[read], rows, f"{name}/")
         encoders = {name: self._encoders[name].reading(network) for name, network in networks.items()}
-        vars(other).update(_networks=networks, _encoders=encoders, _network=next(iter(networks.values())))
+        there = self._there.reading(networks) if self._there else None
+        vars(other).update(_networks=networks, _encoders=encoders, _network=next(iter(networks.values())), _there=there)
         return other
 
     @torch.inference_mode()
@@ -231,6 +238,9 @@ class VaeEncoder:
         covariates
             What the encoder reads of the cells.
         """
+        if self._there:
+            found: Encoded = self._there.encode(indptr, indices, data, covariates)
+            return found
         n_cells = len(indptr) - 1
         location = np.empty((n_cells, self.n_latent), np.float32)
         variance, mean = np.empty_like(location), np.empty_like(location)
