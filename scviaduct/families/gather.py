@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -49,6 +51,10 @@ def kernel_of(device: torch.device) -> tuple[Kernel, str]:
         return "torch", "not a CUDA device"
     if importlib.util.find_spec("triton") is None:
         return "torch", "Triton is not installed"
+    if not (
+        os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    ):  # its launcher is compiled on the spot
+        return "torch", "Triton needs a C compiler, and there is neither CC, gcc nor clang"
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < (7, 0):
         return "torch", f"Triton needs compute capability 7.0, and the GPU has {capability[0]}.{capability[1]}"

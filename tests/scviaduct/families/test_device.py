@@ -16,6 +16,7 @@ from scipy import sparse
 
 from scviaduct.errors import InputError
 from scviaduct.families import device as device_module
+from scviaduct.families import gather
 from scviaduct.families import lane as lane_module
 from scviaduct.families.base import Covariates
 from scviaduct.families.device import DeviceEncoder
@@ -114,6 +115,9 @@ def test_blocks_of_no_cell_one_cell_and_cells_without_counts():
     network = network_of()
     encoder, expected = DeviceEncoder({"latent": network}, "cpu"), VaeEncoder({"latent": network})
     assert encoder.encode(*block_of(0), Covariates()).mean.shape == (0, 7)
+    found = encoder.encode(*block_of(20), Covariates())
+    found.mean[3] = np.nan  # as a cell without counts is told
+    assert np.isfinite(found.location).all()
     agree(encoder.encode(*block_of(1), Covariates()), expected.encode(*block_of(1), Covariates()))
     none = np.zeros(300, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
     found = encoder.encode(*none, Covariates())
@@ -181,6 +185,21 @@ def test_the_way_is_told():
     network = {"latent": network_of()}
     assert DeviceEncoder(network, "cpu").path == "cpu, first layer by torch (not a CUDA device), float32"
     assert "triton (as told), bf16" in DeviceEncoder(network, "cpu", kernel="triton", precision="bf16").path
+
+
+def test_where_triton_cannot_run_the_reason_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gather.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(gather.shutil, "which", lambda name: "/usr/bin/gcc")
+    monkeypatch.delenv("CC", raising=False)
+    device = torch.device("cuda", 0)
+    assert gather.kernel_of(device) == ("triton", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert gather.kernel_of(device) == ("torch", "Triton needs compute capability 7.0, and the GPU has 6.1")
+    monkeypatch.setattr(gather.shutil, "which", lambda name: None)
+    assert gather.kernel_of(device)[1].startswith("Triton needs a C compiler")
+    monkeypatch.setattr(gather.importlib.util, "find_spec", lambda name: None)
+    assert gather.kernel_of(device) == ("torch", "Triton is not installed")
 
 
 _INTERPRETED = """
