@@ -109,8 +109,9 @@ class MappingWorker:
         ]
 
     def describe(self) -> dict[str, Any]:
-        """Where this worker runs; answers once the references are loaded."""
-        return {"pid": os.getpid(), "device": self.device, "labels": [len(mapper.labels) for mapper in self._mappers]}
+        """Where this worker runs, and how it encodes; answers once the references are loaded."""
+        told = {"device": self.device, "arithmetic": [mapper.arithmetic for mapper in self._mappers]}
+        return {"pid": os.getpid(), **told, "labels": [len(mapper.labels) for mapper in self._mappers]}
 
     def run(self, bundle: Bundle, shared: SharedBlock) -> Ended:
         """Map the units of a bundle, one reference after the other, and stage the rows of each.

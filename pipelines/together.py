@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import faiss
 import torch
@@ -13,6 +14,7 @@ from cluster.connect import connect
 from cluster.dispatch import Dispatcher
 from cluster.work import ATTEMPTS, Quarantined
 from pipelines.running import place
+from scviaduct.families.base import KERNELS
 from scviaduct.mapping.planning import bundled
 from scviaduct.mapping.reading import read_shared
 from scviaduct.references.package import Reference
@@ -53,6 +55,7 @@ class Together:
         threads = torch.get_num_threads(), faiss.omp_get_max_threads()
         try:
             worker = MappingWorker(self._assignments, device)
+            self._note_arithmetic(worker.describe())
             packages = {one.reference: Reference.load(one.reference) for one in self._assignments}
             self._start_progress()
             for bundle in self._bundles:
@@ -108,9 +111,17 @@ class Together:
             def ready(described: Mapping[str, object]) -> None:
                 if placement.actor_gpus and described["device"] == "cpu":
                     self._progress.say("Ray gave the actors GPUs, and PyTorch sees none there: they map on CPUs")
+                self._note_arithmetic(described)
                 self._start_progress()
 
             dispatcher.run(self._bundles, ready)
+
+    def _note_arithmetic(self, described: Mapping[str, Any]) -> None:
+        """Say what encodes, where it is not the compiled kernels of a CPU."""
+        for assignment, how in zip(self._assignments, described["arithmetic"], strict=True):
+            if how != KERNELS:
+                name = f"{Path(assignment.reference).name}: " if len(self._assignments) > 1 else ""
+                self._progress.say(f"{name}encoding with {how}")
 
     def _begin(self) -> bool:
         """Note that the runs have begun; whether there is anything to map."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MODALITY = "modality"
 """var column of flat cells."""
+KERNELS = "compiled kernels"
+"""The fast path of an encoder (:mod:`scviaduct.families.compiled`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,10 @@ class Encoder(Protocol):
     """Names of the latents, the main one first."""
     labels: tuple[str, ...]
     """What :meth:`classify` gives, in its order; empty without a classifier."""
+
+    @property
+    def arithmetic(self) -> str:
+        """What computes: :data:`KERNELS`, or what does instead and why, e.g. ``PyTorch: …``."""
 
     def encode(self, indptr: LongArray, indices: IntArray, data: FloatArray, covariates: Covariates) -> Encoded:
         """Encode counts given as CSR in the reference's features."""

@@ -261,6 +261,7 @@ class MrviEncoder:
 
     latents: tuple[str, ...] = ("u", "z")
     labels: tuple[str, ...] = ()
+    arithmetic = "PyTorch: attention over samples has no compiled kernel"
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], device: str = "cpu") -> None:
         self._tensors = {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -106,7 +106,7 @@ class MultiviEncoder(VaeEncoder):
         return Encoded(mean, location, variance, others)
 
     def _parts(
-        self, rows: tuple[LongArray, IntArray, FloatArray], codes: list[torch.Tensor], numbers: torch.Tensor | None
+        self, rows: tuple[LongArray, IntArray, FloatArray], codes: list[Any], numbers: Any
     ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
         """Mean and variance of each modality's latent, and in which cells it has a count."""
         indptr, indices, data = rows
@@ -116,8 +116,8 @@ class MultiviEncoder(VaeEncoder):
             own = np.flatnonzero((indices >= network.offset) & (indices < end))
             pointers, counts = np.searchsorted(own, indptr), data[own]
             sums = np.diff(np.concatenate([[0.0], np.cumsum(counts, dtype=np.float64)])[pointers])
-            features = self._tensor(indices[own] - network.offset)
-            parts[name] = self._encoders[name](self._tensor(pointers), features, self._tensor(counts), codes, numbers)
+            features = self._given(indices[own] - network.offset)
+            parts[name] = self._encoders[name](self._given(pointers), features, self._given(counts), codes, numbers)
             measured[name] = self._tensor(sums > 0)
         return parts, measured
 

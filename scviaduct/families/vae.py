@@ -20,7 +20,7 @@ from scviaduct.families.registered import OTHERS_WEIGHTS, common_facts, registry
 from scviaduct.families.rowwise import padded, rows_of
 from scviaduct.families.slots import BATCH
 from scviaduct.families.slots import covariate as covariate_of
-from scviaduct.families.sparse import CELLS, GPU_CELLS, SparseEncoder
+from scviaduct.families.sparse import step_encoder, step_of
 from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
@@ -184,8 +184,8 @@ class VaeEncoder:
     def __init__(self, networks: Mapping[str, Network], device: str = "cpu") -> None:
         self._networks = {name: network.to(device) for name, network in networks.items()}
         self._device = device
-        self._encoders = {name: SparseEncoder(network) for name, network in self._networks.items()}
-        self._step = CELLS if device == "cpu" else GPU_CELLS
+        self._encoders = {name: step_encoder(network, device) for name, network in self._networks.items()}
+        self._step = step_of(networks.values(), device)
         self.latents = tuple(networks)
         self._network = self._networks[self.latents[0]]
         self.labels = self._network.labels
@@ -195,6 +195,11 @@ class VaeEncoder:
             from scviaduct.families.device import DeviceEncoder  # what it imports, a CPU does not need
 
             self._there = DeviceEncoder(self._networks, device)
+
+    @property
+    def arithmetic(self) -> str:
+        """What computes: see :attr:`Encoder.arithmetic`."""
+        return self._there.path if self._there else next(iter(self._encoders.values())).arithmetic
 
     @classmethod
     def open(cls, path: Path, device: str) -> Self:
@@ -252,7 +257,7 @@ class VaeEncoder:
             low, high = int(indptr[start]), int(indptr[stop])
             rows = rows_of(stop - start, self._step, self._device)
             parts = (padded(indptr[start : stop + 1] - low, rows + 1), indices[low:high], data[low:high])
-            pointers, genes, counts = (self._tensor(part) for part in parts)
+            pointers, genes, counts = (self._given(part) for part in parts)
             codes, continuous = self._read(covariates, slice(start, stop), rows)
             for name, encoder in self._encoders.items():
                 loc, var = (part[: stop - start] for part in encoder(pointers, genes, counts, codes, continuous))
@@ -268,17 +273,21 @@ class VaeEncoder:
         # Blocks come out of the object store read-only; torch warns of sharing such memory, so it is copied: 2 MB.
         return torch.tensor(values, device=self._device)
 
-    def _read(self, covariates: Covariates, cells: slice, rows: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    def _given(self, values: Any) -> Any:
+        """What the encoder of a mini-batch takes: a tensor on a GPU, and on a CPU the array as it is."""
+        return values if self._device == "cpu" else self._tensor(values)
+
+    def _read(self, covariates: Covariates, cells: slice, rows: int) -> tuple[list[Any], Any]:
         """Codes of every categorical covariate, the batch first, and continuous covariates, for so many rows."""
         if covariates.batch is not None:
-            codes = [self._tensor(padded(covariates.batch[cells], rows))]
+            codes = [self._given(padded(covariates.batch[cells], rows))]
         else:
             # A model without batches has one, which the encoder does not read, in the place of the first covariate.
-            codes = [torch.zeros(rows, dtype=torch.int64, device=self._device)]
+            codes = [self._given(np.zeros(rows, np.int64))]
         if covariates.categorical is not None:
-            codes += [self._tensor(padded(column[cells], rows)) for column in covariates.categorical.T]
+            codes += [self._given(padded(column[cells], rows)) for column in covariates.categorical.T]
         numbers = covariates.continuous
-        return codes, None if numbers is None else self._tensor(padded(numbers[cells], rows))
+        return codes, None if numbers is None else self._given(padded(numbers[cells], rows))
 
     def transformed(self, location: FloatArray) -> FloatArray:
         """The latent of a posterior's mean: its softmax where the latent is logistic-normal."""
@@ -295,9 +304,8 @@ class VaeEncoder:
         found = np.empty((len(location), len(self.labels)), np.float32)
         for start in range(0, len(location), self._step):
             part = location[start : start + self._step]
-            out = self._tensor(padded(part, rows_of(len(part), self._step, self._device)))
-            for layer in self._network.classifier:
-                out = layer(out)
+            rows = padded(part, rows_of(len(part), self._step, self._device))
+            out = self._encoders[self.latents[0]].classify(self._given(rows))
             found[start : start + len(part)] = torch.softmax(out, dim=-1)[: len(part)].cpu().numpy()
         return found
 

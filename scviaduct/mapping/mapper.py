@@ -86,6 +86,11 @@ class Mapper:
         """Label categories that a cell can get; empty if the reference has none."""
         return self._vote.labels if self._vote else self._encoder.labels
 
+    @property
+    def arithmetic(self) -> str:
+        """What encodes: see :attr:`scviaduct.families.Encoder.arithmetic`."""
+        return self._encoder.arithmetic
+
     def map(self, block: CellBlock) -> Mapping:
         """Encode and label a block's cells.
 
@@ -109,8 +114,9 @@ class Mapper:
         encoded, adapters, of = self.encode(block)
         mean, location = encoded.mean, encoded.location
         mapped = self.counted(block)
-        if not np.isfinite(mean[mapped]).all():
-            bad = int(np.flatnonzero(mapped & ~np.isfinite(mean).all(axis=1))[0])
+        strange = mapped & ~np.isfinite(mean).all(axis=1)
+        if strange.any():
+            bad = int(np.flatnonzero(strange)[0])
             raise DataError(
                 f"Cell '{block.obs['observation_id'][bad]}' of dataset '{block.shard.dataset_id}' encodes to a"
                 " latent that is not finite.",
@@ -146,10 +152,9 @@ class Mapper:
     @staticmethod
     def counted(block: CellBlock) -> npt.NDArray[np.bool_]:
         """Which cells have a count in the reference's genes; bool, shape ``(n_cells,)``."""
-        totals = (
-            np.add.reduceat(np.append(block.data, np.float32(0)), block.indptr[:-1]) if block.n_cells else np.zeros(0)
-        )
-        found: npt.NDArray[np.bool_] = (np.diff(block.indptr) > 0) & (totals > 0)
+        found: npt.NDArray[np.bool_] = np.diff(block.indptr) > 0
+        if len(block.data) and not block.data.min() > 0:  # some zeros are written down
+            found &= np.add.reduceat(np.append(block.data, np.float32(0)), block.indptr[:-1]) > 0
         return found
 
     def gene_influence(self) -> FloatArray:
@@ -158,9 +163,9 @@ class Mapper:
 
     def _require_counts(self, block: CellBlock) -> None:
         """Preflight sees a sample only; NaN or a negative sum would make a cell look empty and pass for one."""
-        wrong = np.flatnonzero(~((block.data >= 0) & (block.data < np.inf)))
-        if len(wrong):
-            at = int(wrong[0])
+        data = block.data
+        if len(data) and not (data.min() >= 0 and data.max() < np.inf):  # NaN is neither
+            at = int(np.flatnonzero(~((data >= 0) & (data < np.inf)))[0])
             cell = block.obs["observation_id"][int(np.searchsorted(block.indptr, at, side="right")) - 1].as_py()
             gene = next(iter(self.reference.genes.columns.values()))[int(block.indices[at])]
             raise DataError(
@@ -176,16 +181,17 @@ class Mapper:
         label: IntArray = np.full(n_cells, -1, np.int32)
         figures = [np.full(n_cells, np.nan, np.float32) for _ in range(3)]
         if self.labels and mapped.any():
+            rows = slice(None) if mapped.all() else mapped  # which copies
             if self._vote:
-                probabilities: FloatArray | None = self._vote.probabilities(latent[mapped])
+                probabilities: FloatArray | None = self._vote.probabilities(latent[rows])
             else:
-                probabilities = self._encoder.classify(location[mapped])
+                probabilities = self._encoder.classify(location[rows])
             if probabilities is not None:
                 certainty = Certainty.of(probabilities)
-                label[mapped] = certainty.label
+                label[rows] = certainty.label
                 values = (certainty.probability, certainty.margin, certainty.entropy)
                 for figure, value in zip(figures, values, strict=True):
-                    figure[mapped] = value
+                    figure[rows] = value
         return Mapping(latent, mapped, label, self.labels, *figures)
 
     def _covariates(self, block: CellBlock, codes: MappingType[str, LongArray]) -> Covariates:

@@ -1,0 +1,240 @@
+"""Compiled kernels: the arithmetic of PyTorch, and a cell's bits whatever its company, its place and the processor."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numba
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from scviaduct.errors import DataError
+from scviaduct.families import compiled as module
+from scviaduct.families import compiling, kernels
+from scviaduct.families.base import KERNELS, Covariates
+from scviaduct.families.compiled import CompiledEncoder, aligned
+from scviaduct.families.network import ACTIVATIONS, VARIANCES, Layer, Network
+from scviaduct.families.sparse import SparseEncoder
+from scviaduct.families.vae import VaeEncoder
+
+N = 96
+SIZES = (5, 3)
+"""Categories of two covariates."""
+
+
+def layer(n_in, n_out, activation="", *, norm=False, tables=()):
+    made = Layer(torch.randn(n_out, n_in) / n_in**0.5, torch.randn(n_out), tables, activation=activation)
+    return replace(made, norm=(torch.rand(n_out) + 0.5, torch.randn(n_out)), norm_eps=1e-5) if norm else made
+
+
+def network(genes=300, hidden=(33, 70), latent=7, activation="ReLU()", *, norm=False, deep=True, numbers=0, **told):
+    """A network whose sizes fill no tile."""
+    torch.manual_seed(0)
+    layers, n_in = [], genes + numbers
+    for i, n_out in enumerate(hidden):
+        tables = tuple(torch.randn(size, n_out) for size in SIZES) if deep or i == 0 else (None, None)
+        layers.append(layer(n_in, n_out, activation, norm=norm, tables=tables))
+        n_in = n_out
+    classifier = (layer(latent, 50, "ReLU()"), layer(50, 9))
+    ends = layer(n_in, latent), layer(n_in, latent)
+    return Network(tuple(layers), *ends, genes, classifier=classifier, labels=tuple("abcdefghi"), **told)
+
+
+def cells(genes=300, n=N, density=0.3):
+    """Counts, some of cells with none, and some not whole; codes and numbers."""
+    rng = np.random.default_rng(0)
+    made = sparse.random(n, genes, density, "csr", np.float32, rng, data_rvs=lambda size: rng.geometric(0.3, size))
+    made.data[::7] += np.float32(0.3)
+    full = made.tolil()
+    full[3] = full[n - 1] = 0
+    made = full.tocsr().astype(np.float32)
+    made.sort_indices()
+    codes = [rng.integers(0, size, n) for size in SIZES]
+    return made, codes, rng.normal(size=(n, 2)).astype(np.float32)
+
+
+def encode(encoder, matrix, codes, numbers=None):
+    parts = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data
+    return [part.numpy() for part in encoder(*parts, codes, numbers)]
+
+
+CONFIGURATIONS = {
+    "one layer": {"hidden": (40,)},
+    "three layers": {"hidden": (10, 64, 129)},
+    "layer norm": {"norm": True},
+    "tables of the first layer": {"deep": False},
+    "numbers": {"numbers": 2},
+    "counts as they are": {"log_variational": False},
+    "all genes of two tiles, in blocks": {"genes": 4100, "hidden": (192,)},
+    **{f"{name[:-1]}": {"activation": name} for name in ACTIVATIONS},
+    **{f"variance by {name}": {"variance_activation": name} for name in VARIANCES},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@torch.inference_mode()
+def test_what_pytorch_computes_and_bits_of_its_own(name):
+    told = CONFIGURATIONS[name]
+    made = network(**told)
+    matrix, codes, numbers = cells(made.n_genes)
+    numbers = numbers if told.get("numbers") else None
+    encoder = CompiledEncoder(made)
+    whole = encode(encoder, matrix, codes, numbers)
+    tensors = [torch.from_numpy(part) for part in (matrix.indptr.astype(np.int64), matrix.indices, matrix.data)]
+    # In float64, of which the kernels and PyTorch's float32 are equally far.
+    double = replace(
+        made,
+        layers=tuple(_double(one) for one in made.layers),
+        mean=_double(made.mean),
+        variance=_double(made.variance),
+    )
+    expected = SparseEncoder(double)(
+        *tensors[:2],
+        tensors[2].double(),
+        [torch.from_numpy(code) for code in codes],
+        None if numbers is None else torch.from_numpy(numbers).double(),
+    )
+    for found, exact in zip(whole, expected, strict=True):
+        assert found.shape == exact.shape == (N, 7)
+        assert np.abs(found - exact.numpy()).max() <= 3e-6 * np.abs(exact.numpy()).max()
+    rng = np.random.default_rng(1)
+    for rows in [np.arange(n) for n in range(32, N, 32)] + [rng.permutation(N)[:64], np.arange(6, 38)]:
+        own = None if numbers is None else numbers[rows]
+        for found, told_whole in zip(
+            encode(encoder, matrix[rows], [code[rows] for code in codes], own), whole, strict=True
+        ):
+            assert np.array_equal(found, told_whole[rows]), name
+
+
+def _double(one):
+    tables = tuple(table if table is None else table.double() for table in one.tables)
+    norm = None if one.norm is None else tuple(part.double() for part in one.norm)
+    return replace(one, weight=one.weight.double(), bias=one.bias.double(), tables=tables, norm=norm)
+
+
+@pytest.mark.parametrize("activation", ["ReLU()", "GELU(approximate='none')", "ELU(alpha=1.0)"])
+def test_every_number_of_rows(activation):
+    """From no cell to more than several tiles, first, last and in the middle; labels, too."""
+    encoder = VaeEncoder({"latent": network(activation=activation)})
+    matrix, codes, _ = cells()
+    told = np.stack(codes, axis=1)
+
+    def run(rows):
+        part = matrix[rows]
+        covariates = Covariates(told[rows, 0], told[rows, 1:])
+        found = encoder.encode(part.indptr.astype(np.int64), part.indices, part.data, covariates)
+        return found.mean, found.variance, encoder.classify(found.location)
+
+    whole = run(np.arange(N))
+    for n in range(N):
+        for rows in (np.arange(n), np.arange(N - n, N), (np.arange(n) * 3) % N):
+            for found, expected in zip(run(rows), whole, strict=True):
+                assert np.array_equal(found, expected[rows]), n
+    assert encoder.arithmetic == KERNELS
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [np.arange(70_000), np.geomspace(1e-7, 3.4e38, 100_001), np.linspace(0, 3, 10_001)],
+    ids=["whole", "all sizes", "small"],
+)
+def test_logarithms(counts):
+    counts = counts.astype(np.float32)
+    found = np.empty_like(counts)
+    kernels.logarithms(counts, found)
+    exact = np.log1p(counts.astype(np.float64))
+    assert (np.abs(found - exact) <= 2e-7 * exact).all()
+    alone = np.empty(1, np.float32)
+    for at in range(0, len(counts), 997):
+        kernels.logarithms(counts[at : at + 1], alone)
+        assert alone[0] == found[at]
+
+
+def test_genes_that_are_not_in_order():
+    """A cell's counts are summed as they lie: other bits, the same latent."""
+    made = network(genes=4100)
+    matrix, codes, _ = cells(4100)
+    whole = encode(CompiledEncoder(made), matrix, codes)
+    for cell in range(N):
+        matrix.indices[matrix.indptr[cell] : matrix.indptr[cell + 1]] = np.flip(matrix[cell].indices)
+        matrix.data[matrix.indptr[cell] : matrix.indptr[cell + 1]] = np.flip(matrix[cell].data)
+    for found, expected in zip(encode(CompiledEncoder(made), matrix, codes), whole, strict=True):
+        assert np.allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_what_lies_outside_is_refused():
+    encoder = CompiledEncoder(network())
+    matrix, codes, _ = cells()
+    pointers, genes = matrix.indptr.astype(np.int64), matrix.indices.copy()
+    for bad in (300, -1):
+        genes[5] = bad
+        with pytest.raises(DataError, match=rf"count of gene {bad}, and the encoder reads 300.*Align"):
+            encoder(pointers, genes, matrix.data, codes)
+    for wrong in (pointers + 1, pointers[:-2], np.flip(pointers)):
+        with pytest.raises(DataError, match="Row pointers run from"):
+            encoder(wrong, matrix.indices, matrix.data, codes)
+    with pytest.raises(DataError, match=r"category is 0 or 5, and a layer has 5"):
+        encoder(pointers, matrix.indices, matrix.data, [codes[0] + (codes[0] == 4), codes[1]])
+    with pytest.raises(DataError, match=r"1 values of each cell, and a layer reads 2.*every continuous covariate"):
+        CompiledEncoder(network(numbers=2))(pointers, matrix.indices, matrix.data, codes, np.ones((N, 1), np.float32))
+
+
+def test_sums_begin_at_a_cache_line():
+    for shape in ((1, 64), (7, 128), (3, 5, 64)):
+        found = aligned(*shape)
+        assert found.shape == shape
+        assert found.ctypes.data % kernels.ALIGNMENT == 0
+
+
+def test_where_nothing_can_be_kept_every_process_compiles_and_says_so(monkeypatch):
+    """As numba fails where it can write neither beside the module nor in the user's cache."""
+
+    def without_cache(signatures, *, cache=False):
+        if cache:
+            raise RuntimeError("cannot cache function 'double': no locator available for file 'kernels.py'")
+        return numba.njit(signatures)
+
+    monkeypatch.setattr(compiling, "njit", without_cache)
+    monkeypatch.setattr(compiling, "unkept", [])
+    monkeypatch.setattr(module, "unkept", compiling.unkept)
+    assert compiling.compiled(numba.types.int64(numba.types.int64))(lambda x: 2 * x)(4) == 8
+    assert CompiledEncoder(network()).arithmetic.startswith(f"{KERNELS}, compiled anew in every process: cannot cache")
+
+
+SCRIPT = """
+import sys, numpy as np, torch
+sys.path.insert(0, {tests!r})
+import test_compiled as t
+from scviaduct.families.compiling import unkept
+before = torch.get_num_threads()
+matrix, codes, _ = t.cells(4100)
+found = t.encode(t.CompiledEncoder(t.network(genes=4100)), matrix, codes)
+assert torch.get_num_threads() == before
+assert "scvi" not in sys.modules
+np.savez({out!r}, *found, unkept=np.array(unkept))
+"""
+
+
+def elsewhere(tmp_path, tests, **env):
+    out = tmp_path / "found.npz"
+    code = SCRIPT.format(tests=str(tests), out=str(out))
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env)
+    with np.load(out) as found:
+        return [found["arr_0"], found["arr_1"]], found["unkept"].tolist()
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names a processor of x86-64")
+def test_a_processor_without_avx512_gives_the_same_bits(tmp_path, request):
+    matrix, codes, _ = cells(4100)
+    here = encode(CompiledEncoder(network(genes=4100)), matrix, codes)
+    told = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    there, unkept = elsewhere(tmp_path, request.path.parent, **told)
+    assert not unkept
+    assert (there[0] == here[0]).all()
+    # The exponential is PyTorch's, whose bits are the processor's.
+    np.testing.assert_allclose(there[1], here[1], rtol=1e-6)
