@@ -144,7 +144,7 @@ def by_dataset(cells: Cells) -> Iterator[tuple[str, LongArray]]:
 
 def hash_keys(keys: pa.Array) -> npt.NDArray[np.uint64]:
     """64-bit SipHash of each string (``pandas.util.hash_array``, with its fixed default key)."""
-    return pd.util.hash_array(keys.to_numpy(zero_copy_only=False).astype(object), categorize=False)
+    return pd.util.hash_array(keys.to_numpy(zero_copy_only=False), categorize=False)
 
 
 class KeyCheck:
