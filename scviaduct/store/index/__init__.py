@@ -10,15 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scviaduct.store.index.building import IVF_FROM, Builder, ensure_index, ready_index
+    from scviaduct.store.index.building import IVF_FROM, ensure_index, ready_index
     from scviaduct.store.index.manifest import Manifest, manifest_of
     from scviaduct.store.index.opened import Index
+    from scviaduct.store.index.segments import Builder
 
 __all__ = ["IVF_FROM", "Builder", "Index", "Manifest", "ensure_index", "manifest_of", "ready_index"]
 
 _MODULES = {
     "IVF_FROM": "building",
-    "Builder": "building",
+    "Builder": "segments",
     "Index": "opened",
     "Manifest": "manifest",
     "ensure_index": "building",

@@ -22,11 +22,11 @@ from scviaduct.store.index.assigned import forget
 from scviaduct.store.index.manifest import Manifest, Part, built, is_built, remove, remove_old
 from scviaduct.store.index.opened import Index
 from scviaduct.store.index.quantizer import POINTS_PER_LIST, Quantizer, cores, lists_for
-from scviaduct.store.index.segments import Task, latent_of, link, rows_key, told_of
+from scviaduct.store.index.segments import Builder, Task, latent_of, link, rows_key, told_of
 from scviaduct.store.reading import order_of, read_units
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from scviaduct.store.reading import Snapshot
@@ -43,30 +43,6 @@ MASKED = 0.25
 """Share of a segment's cells that may be masked."""
 _SEED = 0
 _TRIES = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Builder:
-    """How segments are written.
-
-    Attributes
-    ----------
-    run
-        Runs tasks; None runs them one after the other in this process.
-    workers
-        Tasks that ``run`` works on at a time: new cells are cut into as many segments.
-    """
-
-    run: Callable[[Sequence[Task]], None] | None = None
-    workers: int = 1
-
-    def write(self, tasks: Sequence[Task]) -> None:
-        """Run all tasks."""
-        if self.run is not None:
-            self.run(tasks)
-            return
-        for task in tasks:
-            task.run()
 
 
 def ensure_index(
@@ -274,17 +250,14 @@ class _Build:
         """Files that no segment holds, cut into segments."""
         held = {name for one in reused for name in one.live}
         names = [name for name in self.order if name not in held]
-        rows = {name: self.snapshot.pairs[name].cells.rows for name in names}
-        most = min(SEGMENT_CELLS, max(IVF_FROM, -(-sum(rows.values()) // self.builder.workers)))
-        groups: list[list[str]] = []
-        filled = most
-        for name in names:
-            if filled + rows[name] > most and filled:
-                groups.append([])
-                filled = 0
-            groups[-1].append(name)
-            filled += rows[name]
-        return [tuple(group) for group in groups]
+        rows = [self.snapshot.pairs[name].cells.rows for name in names]
+        before = np.concatenate([[0], np.cumsum(rows)])
+        total = int(before[-1])
+        count = max(1, -(-total // SEGMENT_CELLS), min(self.builder.workers, total // IVF_FROM))
+        groups: dict[int, list[str]] = {}
+        for name, start in zip(names, before.tolist(), strict=False):
+            groups.setdefault(start * count // max(1, total), []).append(name)
+        return [tuple(group) for group in groups.values()]
 
     def _parts(self, tasks: Sequence[Task], rows: str) -> tuple[tuple[Part, ...], np.ndarray, float]:
         """What the manifest says of the segments; positions follow the order of the version's files."""

@@ -25,7 +25,7 @@ from scviaduct.store.space import Space
 from scviaduct.values import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from scviaduct.store.reading import Snapshot
     from scviaduct.values import FloatArray, IntArray, LongArray
@@ -121,6 +121,30 @@ class Task:
             found, squares = quantizer.assign(latent, self.threads)
             return found, float(squares.sum(dtype=np.float64))
         return known
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """How segments are written.
+
+    Attributes
+    ----------
+    run
+        Runs tasks; None runs them one after the other in this process.
+    workers
+        Tasks that ``run`` works on at a time: new cells are cut into as many segments.
+    """
+
+    run: Callable[[Sequence[Task]], None] | None = None
+    workers: int = 1
+
+    def write(self, tasks: Sequence[Task]) -> None:
+        """Run all tasks."""
+        if self.run is not None:
+            self.run(tasks)
+            return
+        for task in tasks:
+            task.run()
 
 
 def _tables(space: Space, snapshot: Snapshot, names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from scviaduct.store.search.fan import Slices
 from scviaduct.store.search.hits import Hits, Queries
-from scviaduct.store.search.searcher import Searcher, Slices
+from scviaduct.store.search.searcher import Searcher
 from scviaduct.store.search.slices import Slice
 
 if TYPE_CHECKING:

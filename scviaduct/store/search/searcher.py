@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +11,7 @@ from scviaduct.errors import InputError
 from scviaduct.store.index import ensure_index
 from scviaduct.store.index.calibration import NEIGHBORS
 from scviaduct.store.index.scanning import Coarse, Found
+from scviaduct.store.search.fan import Here, Slices
 from scviaduct.store.search.hits import Hits, Queries, hits_table, kept_of
 from scviaduct.store.search.slices import Slice
 from scviaduct.store.where import parse_where
@@ -35,37 +35,6 @@ _SELECTED_RECALL = 0.995
 
 
 type _Lists = tuple[LongArray, LongArray]
-
-
-class Slices(Protocol):
-    """The slices of an index, wherever they are."""
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Ask the same of every slice; the answers in their order."""
-
-    def at(self, slots: LongArray, method: str) -> list[tuple[LongArray, Any]]:
-        """Ask each slice for its share of slots: which of them they are, and the answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Here:
-    """One slice, in this process.
-
-    Attributes
-    ----------
-    slice
-        All segments of an index.
-    """
-
-    slice: Slice
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Ask it."""
-        return [getattr(self.slice, method)(*arguments)]
-
-    def at(self, slots: LongArray, method: str) -> list[tuple[LongArray, Any]]:
-        """Ask it for all slots."""
-        return [(np.arange(len(slots)), getattr(self.slice, method)(slots))]
 
 
 class Answer(NamedTuple):
