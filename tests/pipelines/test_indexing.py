@@ -46,17 +46,11 @@ def test_ray_builds_and_searches_as_one_process_does(store, local_ray):
     one = sv.index(store.path, quiet=True)
     assert (one.state, one.cells, one.segments) == ("built", CELLS, 1)
     assert sv.index(store.path, quiet=True).state == "there already"
-    found = {
-        (where, exact): ask(store, where=where, exact=exact) for where in (None, "tissue = 'lung'") for exact in (0, 1)
-    }
+    selected = ask(store, where="tissue = 'lung'")
     made = sv.index(store.path, rebuild=True, engine="ray", workers=3, quiet=True)
     assert (made.state, made.cells, made.segments, made.lists) == ("built", CELLS, 3, one.lists)
-    for (where, exact), table in found.items():
-        mine = ask(store, where=where, exact=exact)
-        theirs = ask(store, where=where, exact=exact, actors=2)
-        assert theirs == mine
-        if exact or where:  # what is exact does not depend on the segments either
-            assert mine == table
+    assert ask(store, where="tissue = 'lung'") == selected  # what is exact does not depend on the segments
+    assert ask(store, actors=2) == ask(store)
 
 
 def test_a_worker_holds_its_segments(store):
