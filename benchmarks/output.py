@@ -98,6 +98,8 @@ def page(sections: dict[str, Any]) -> str:
             lines += ["It failed:", "", "```", told["failed"].strip(), "```"]
         for group in told["measurements"]:
             lines += [f"{group}:", "", *group_table(told, group), ""]
+        if found := facts_list(told):
+            lines += [*found, ""]
         if told["measurements"]:
             lines += [f"![{told['title']}](plots/{name}.svg)"]
     return "\n".join(lines) + "\n"
@@ -144,6 +146,36 @@ def group_table(told: dict[str, Any], group: str) -> list[str]:
         rows.append([one["way"], f"{one['ratio']:.2f}" if "ratio" in one else "", *rates, *times])
     unit = told["measurements"][group][0]["unit"]
     return table(["", "first / this", f"{unit} per CPU-second", "best", "CPU s", "wall s"], rows)
+
+
+def facts_list(told: dict[str, Any]) -> list[str]:
+    """What else was found, a line each; the raw lists stay in the JSON."""
+    lines = []
+    for name, value in told["facts"].items():
+        if isinstance(value, dict):
+            inner = ", ".join(f"{key} {_said(item)}" for key, item in value.items() if _is_short(item))
+            lines += [f"- {_words(name)}: {inner}"] if inner else []
+        elif _is_short(value):
+            lines += [f"- {_words(name)}: {_said(value)}"]
+    return lines
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, int | float | str) or (
+        isinstance(value, list) and all(isinstance(one, int | float) for one in value)
+    )
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_said, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ") if name.isidentifier() else name  # a way is called what it is called
 
 
 def number(value: float) -> str:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.output import figures_table, group_table, load, machines
+from benchmarks.output import facts_list, figures_table, group_table, load, machines
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -52,6 +52,8 @@ def _block(name: str, sections: dict[str, Any]) -> str:
     lines = [told["counts"], ""]
     for group in told["measurements"]:
         lines += [f"**{group}**", "", *group_table(told, group), ""]
+    if found := facts_list(told):
+        lines += [*found, ""]
     return "\n".join([*lines, f"`{told['command']}`, {told['seconds']:.0f} s."])
 
 

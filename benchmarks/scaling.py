@@ -87,6 +87,7 @@ def run(context: Context) -> Report:
     slopes = [1e6 * (b.cpu - a.cpu) / (b.cells - a.cells) for a, b in pairwise(outcomes)]
     ratio = outcomes[-1].peak_bytes / outcomes[0].peak_bytes
     facts = {
+        "peak_mib": {f"{outcome.cells:,} cells": round(outcome.peak_bytes / 2**20) for outcome in outcomes},
         "memory_ratio": ratio,
         "memory_bar": BAR,
         "memory_met": ratio <= BAR,

@@ -45,7 +45,9 @@ def run(context: Context) -> Report:
     batch = in_turns([*mine, *theirs.values()], context.log, context.samples)
     by_name = {measurement.way: measurement for measurement in batch}
     figures = [_against(by_name, name) for name in ("lancedb", "tiledb-vector-search")]
-    one = in_turns([Way("ours", "benchmarks.searchours:single", told, 600, "queries")], context.log, context.samples)
+    one = in_turns(
+        [Way("ours, one at a time", "benchmarks.searchours:single", told, 600, "queries")], context.log, context.samples
+    )
     figures.append(Figure("search_single_ms", one[0].last("ms")))
     filters = [
         Way(heading, "benchmarks.searchours:filtered", told | {"figure": figure}, min(1000, queries), "queries")

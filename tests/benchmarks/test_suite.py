@@ -84,6 +84,7 @@ def test_tables_plots_and_page(tmp_path, report, header):
     assert "| `read_vs_blockwise` | 1.33 | at least 4 | **missed** |  |" in text
     assert "| ours | 1.00 | 400 | 600 | 3 | 1 |" in text
     assert "| gone |  | there is no wheel |" in text
+    assert "- more: 1" in text
     draw(tmp_path, sections)
     assert (tmp_path / "plots" / "reading.svg").read_text().startswith("<?xml")
     page = "before\n<!-- results: reading -->\nold\n<!-- end -->\nafter <!-- results: many -->\n<!-- end -->\n"
