@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from actors.mapping import MappingActor
 from actors.reading import read_task
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import ray
 
     from actors.mapping import Assignment, Ended
+    from scviaduct.landing.alongside import Alongside
     from scviaduct.mapping.planning import Bundle
-    from scviaduct.values import Unit
+    from scviaduct.values import Shard, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +47,19 @@ class MappingPool:
         What each reference takes; every actor holds all of them.
     placement
         What each reserves.
+    alongside
+        Shards that are landed while they are read.
     """
 
     assignments: tuple[Assignment, ...]
     placement: Placement
+    alongside: Mapping[Shard, Alongside] = field(default_factory=dict)
 
     def read(self, bundle: Bundle) -> tuple[ray.ObjectRef[Any], ray.ObjectRef[Any]]:
         """Start reading a shard; references to its size in bytes and to its block."""
         task = read_task.options(num_cpus=self.placement.reader_cpus)
-        size, block = task.remote(bundle.shard, *asked(self.assignments, bundle))
+        wanted = asked(self.assignments, bundle)
+        size, block = task.remote(bundle.shard, *wanted, self.alongside.get(bundle.shard))
         return size, block
 
     def start(self) -> Any:

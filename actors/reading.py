@@ -13,13 +13,16 @@ from scviaduct.references.package import Reference
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from scviaduct.landing.alongside import Alongside
     from scviaduct.mapping.reading import SharedBlock
     from scviaduct.values import Shard
 
 _REFERENCES: dict[str, Reference] = {}
 
 
-def read_shard(shard: Shard, references: Sequence[str], columns: Sequence[str]) -> tuple[int, SharedBlock]:
+def read_shard(
+    shard: Shard, references: Sequence[str], columns: Sequence[str], alongside: Alongside | None = None
+) -> tuple[int, SharedBlock]:
     """Read a shard once, for one or several references.
 
     Parameters
@@ -30,6 +33,8 @@ def read_shard(shard: Shard, references: Sequence[str], columns: Sequence[str]) 
         Paths of the packages; their manifests give the genes, their weights are not loaded.
     columns
         obs columns to bring along.
+    alongside
+        Lands the shard while it is read.
 
     Returns
     -------
@@ -39,7 +44,7 @@ def read_shard(shard: Shard, references: Sequence[str], columns: Sequence[str]) 
     for path in references:
         if path not in _REFERENCES:
             _REFERENCES[path] = Reference.load(path)
-    block = read_shared(shard, [_REFERENCES[path] for path in references], columns)
+    block = read_shared(shard, [_REFERENCES[path] for path in references], columns, alongside=alongside)
     faults.point("read")
     return block.nbytes, block
 

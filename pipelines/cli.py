@@ -20,7 +20,7 @@ from pipelines.cli_adapter import app as adapter_app
 from pipelines.cli_choose import choose
 from pipelines.cli_derive import derive
 from pipelines.cli_index import index
-from pipelines.cli_land import land
+from pipelines.cli_land import land as land_
 from pipelines.cli_publish import publish
 from pipelines.cli_reference import app as reference_app
 from pipelines.cli_train import train
@@ -92,7 +92,7 @@ app.command()(choose)
 app.command()(publish)
 app.command()(derive)
 app.command()(index)
-app.command()(land)
+app.command("land")(land_)
 app.add_typer(adapter_app, name="adapter")
 
 
@@ -151,6 +151,7 @@ def map_(
     actors: Annotated[int | None, Option(help="Mapping actors. [default: one a GPU share, or half the CPUs]")] = None,
     readers: Annotated[int | None, Option(help="Reader tasks at a time. [default: the CPUs left]")] = None,
     gpus_per_actor: Annotated[float | None, Option(help="GPU share of an actor. [default: 1 where there are]")] = None,
+    land: Annotated[str | None, Option(help="Also land the source into this folder, while it is read.")] = None,
     job: Annotated[str | None, Option(help="TOML file with any of these but switches; flags win.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check and plan, then stop.")] = False,
     as_json: Json = False,
@@ -184,6 +185,7 @@ def map_(
         "actors": actors,
         "readers": readers,
         "gpus_per_actor": gpus_per_actor,
+        "land": land,
     }
     told = MapJob.of(job, flags)  # a wrong flag is answered before the seconds that loading torch takes
     from pipelines.mapping import map as run

@@ -69,6 +69,7 @@ class MapJob(_Job):
     actors: Annotated[int | None, Field(ge=1, description="mapping actors")] = None
     readers: Annotated[int | None, Field(ge=1, description="reader tasks at a time")] = None
     gpus_per_actor: Annotated[float | None, Field(gt=0, description="GPU share of an actor")] = None
+    land: Annotated[str | None, Field(description="folder of a landing to write while the cells are read")] = None
 
 
 def _texts(value: Any) -> Any:

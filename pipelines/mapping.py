@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cluster.connect import connect, require_answer
 from pipelines.jobs import SHARD_CELLS
+from pipelines.landing_alongside import landing_beside
 from pipelines.progress import reporter
 from pipelines.query import Asked, Query, batches_of_query, scan_query, told_surgery
 from pipelines.results import Clock, MapResult, MapResults, Told
@@ -25,14 +26,15 @@ from scviaduct.store.schema import new_columns
 from scviaduct.values import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pipelines.progress import Reporter
+    from scviaduct.landing.alongside import Alongside
     from scviaduct.mapping.preflight import Report
     from scviaduct.references.package import Reference
     from scviaduct.sources import Source
     from scviaduct.store import Space
-    from scviaduct.values import Scan
+    from scviaduct.values import Scan, Shard
 
 
 # The name of the command; the overloads leave the options, which decide nothing of the type, to the implementation.
@@ -65,6 +67,7 @@ def map(  # type: ignore[misc]  # noqa: A001
     actors: int | None = None,
     readers: int | None = None,
     gpus_per_actor: float | None = None,
+    land: str | None = None,
     dry_run: bool = False,
     quiet: bool = False,
 ) -> MapResult | MapResults:
@@ -112,6 +115,8 @@ def map(  # type: ignore[misc]  # noqa: A001
         Mapping actors and reader tasks; None takes one actor per GPU share, or half the CPUs.
     gpus_per_actor
         Share of a GPU that an actor holds; None for a whole one where there are GPUs.
+    land
+        Folder of a landing that the source is landed into while it is read; None for none.
     dry_run
         Check and plan, and stop before any work.
     quiet
@@ -148,11 +153,15 @@ def map(  # type: ignore[misc]  # noqa: A001
     with reporter(quiet=quiet) as progress, open_source(source) as opened:
         queries = _queries(opened, asked, settings, keep_obs, shard_cells, accept, clock)
         if dry_run:
-            results = [_planned(query, store, clock) for query in queries]
+            results, landed = [_planned(query, store, clock) for query in queries], None
         else:
             on = (address, actors, readers, gpus_per_actor)
-            results = _mapped(queries, Store.create(store), progress, clock, engine, on)
-    return results[0] if isinstance(reference, str) else MapResults(tuple(results))
+            kept = Store.create(store)
+            with landing_beside(land, opened, queries[0].scan, shard_cells, progress) as beside:
+                alongside = beside.shards if beside else None
+                results = _mapped(queries, kept, progress, clock, engine, on, alongside)
+                landed = beside.finish(engine, address, readers) if beside else None
+    return replace(results[0], landing=landed) if isinstance(reference, str) else MapResults(tuple(results), landed)
 
 
 def _packages(names: Sequence[str]) -> list[Reference]:
@@ -237,6 +246,7 @@ def _mapped(
     clock: Clock,
     engine: Literal["ray", "inline"],
     on: tuple[str | None, int | None, int | None, float | None],
+    alongside: Mapping[Shard, Alongside] | None,
 ) -> list[MapResult]:
     """Fit what is missing, map what is left, and commit each reference's run."""
     address, actors, _, gpus = on
@@ -258,7 +268,7 @@ def _mapped(
             for query, space, fleet in zip(queries, spaces, fleets, strict=True)
         ]
         if not all(run.is_complete for run in runs):
-            together = Together(runs, progress)
+            together = Together(runs, progress, alongside)
             with clock.stage("map"):
                 together.inline() if engine == "inline" else together.on_ray(*on)
     told = [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pipelines.printing import dump, quarantined
+from pipelines.printing_landing import landing as print_landing
 from pipelines.results import MapResults
 
 if TYPE_CHECKING:
@@ -23,15 +24,19 @@ def mapping(found: MapResult | MapResults, *, as_json: bool) -> None:
     if isinstance(found, MapResults):
         if as_json:
             runs = [_facts(run) for run in found.runs]
-            dump({"exit_status": found.exit_status, "seconds": found.seconds, "runs": runs})
+            landed = asdict(found.landing) if found.landing else None
+            dump({"exit_status": found.exit_status, "seconds": found.seconds, "runs": runs, "landing": landed})
             return
         for run in found.runs:
             _run(run, f"{run.reference}: ")
         typer.echo(f"{len(found.runs)} references on one reading: {found.seconds:.1f} s.")
     elif as_json:
         dump(_facts(found))
+        return
     else:
         _run(found)
+    if found.landing:
+        print_landing(found.landing, as_json=False)
 
 
 def _facts(found: MapResult) -> dict[str, Any]:

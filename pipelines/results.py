@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cluster.work import Quarantined
+    from pipelines.landed import LandResult
     from pipelines.running import Run
     from pipelines.surgery import BatchAdapter
     from scviaduct.mapping.preflight import Report
@@ -52,6 +53,8 @@ class MapResult:
         What became of each new batch that needs an adapter.
     reference
         Name of the reference.
+    landing
+        What landing the source came to, where that was asked; of several references, the result of all has it.
     """
 
     run: str
@@ -66,11 +69,12 @@ class MapResult:
     seconds: dict[str, float]
     adapters: tuple[BatchAdapter, ...] = ()
     reference: str = ""
+    landing: LandResult | None = None
 
     @property
     def exit_status(self) -> int:
-        """0, or 4 if units are in quarantine."""
-        return QUARANTINE_STATUS if self.quarantined else 0
+        """0, or 4 if units are in quarantine, or pieces of the landing cannot be read."""
+        return QUARANTINE_STATUS if self.quarantined or (self.landing and self.landing.unreadable) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +85,18 @@ class MapResults:
     ----------
     runs
         One for each reference, in the order in which they were named.
+    landing
+        What landing the source came to, where that was asked.
     """
 
     runs: tuple[MapResult, ...]
+    landing: LandResult | None = None
 
     @property
     def exit_status(self) -> int:
-        """The worst of the runs."""
-        return max(run.exit_status for run in self.runs)
+        """The worst of the runs, and that of the landing."""
+        landed = QUARANTINE_STATUS if self.landing and self.landing.unreadable else 0
+        return max(landed, *(run.exit_status for run in self.runs))
 
     @property
     def seconds(self) -> float:

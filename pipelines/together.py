@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pipelines.progress import Reporter
     from pipelines.running import Run
+    from scviaduct.landing.alongside import Alongside
     from scviaduct.mapping.planning import Bundle
     from scviaduct.values import Shard
 
@@ -37,10 +38,14 @@ class Together:
         Made from the same scan.
     progress
         Told of every shard.
+    alongside
+        Shards that are landed while they are read.
     """
 
-    def __init__(self, runs: Sequence[Run], progress: Reporter) -> None:
-        self._runs, self._progress = runs, progress
+    def __init__(
+        self, runs: Sequence[Run], progress: Reporter, alongside: Mapping[Shard, Alongside] | None = None
+    ) -> None:
+        self._runs, self._progress, self._alongside = runs, progress, alongside or {}
         self._assignments = tuple(run.assignment for run in runs)
         self._shards = [unit.shard for unit in runs[0].plan.units]
         self._bundles = bundled(self._shards, [run.left for run in runs])
@@ -69,7 +74,8 @@ class Together:
         for attempt in range(1, ATTEMPTS + 1):
             paths, columns = asked(self._assignments, bundle)
             try:
-                shared = read_shared(bundle.shard, [packages[path] for path in paths], columns)
+                beside = self._alongside.get(bundle.shard)
+                shared = read_shared(bundle.shard, [packages[path] for path in paths], columns, alongside=beside)
             except Exception as error:  # noqa: BLE001 - Ray hands every error of a reader to the dispatcher, too
                 ended = Ended(failed=tuple(Failure.of(unit.id, error) for _, unit in bundle.units))
             else:
@@ -105,7 +111,7 @@ class Together:
             device = f"{placement.actor_gpus:g} GPU" if placement.actor_gpus else "CPU"
             line = f"{_counted(limits.actors, 'mapping actor')} ({device} each), {_counted(limits.readers, 'reader')}"
             self._progress.say(line)
-            pool = MappingPool(self._assignments, placement)
+            pool = MappingPool(self._assignments, placement, self._alongside)
             dispatcher = Dispatcher(pool, limits, self._note_done, self._note_quarantine, Bundles())
 
             def ready(described: Mapping[str, object]) -> None:

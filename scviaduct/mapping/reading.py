@@ -14,8 +14,9 @@ from scviaduct.sources.counts import GeneTarget
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from scviaduct.landing.alongside import Alongside
     from scviaduct.references.package import Reference
-    from scviaduct.values import CellBlock, Shard
+    from scviaduct.values import CellBlock, IntArray, Shard
 
 _MATCHES: dict[tuple[str, str, str], GeneMatch] = {}
 _MATCHES_KEPT = 64  # a match holds 4 bytes a source gene: 64 of 60,000 genes are 15 MB
@@ -102,7 +103,11 @@ def read_block(shard: Shard, reference: Reference, columns: Sequence[str], limit
 
 
 def read_shared(
-    shard: Shard, references: Sequence[Reference], columns: Sequence[str], limit: int | None = None
+    shard: Shard,
+    references: Sequence[Reference],
+    columns: Sequence[str],
+    limit: int | None = None,
+    alongside: Alongside | None = None,
 ) -> SharedBlock:
     """Read a shard's counts once, for several references.
 
@@ -112,6 +117,8 @@ def read_shared(
         As :func:`read_block` takes them.
     references
         At least one.
+    alongside
+        Lands the shard while it is read; not together with a limit.
 
     Raises
     ------
@@ -124,10 +131,23 @@ def read_shared(
     ]
     first, *others = targets
     if all(one.n_genes == first.n_genes and np.array_equal(one.columns, first.columns) for one in others):
-        block = open_shard(shard).read(shard, first.columns, first.n_genes, columns, limit)
+        block = _read(shard, first.columns, first.n_genes, columns, limit, alongside)
         return SharedBlock(block, (None,) * len(targets))
     wanted = np.flatnonzero(np.any([one.columns >= 0 for one in targets], axis=0))
     union = np.full(len(first.columns), -1, np.int32)
     union[wanted] = np.arange(len(wanted), dtype=np.int32)
-    block = open_shard(shard).read(shard, union, len(wanted), columns, limit)
+    block = _read(shard, union, len(wanted), columns, limit, alongside)
     return SharedBlock(block, tuple(GeneTarget(one.columns[wanted], one.n_genes) for one in targets))
+
+
+def _read(
+    shard: Shard,
+    genes: IntArray,
+    n_genes: int,
+    columns: Sequence[str],
+    limit: int | None,
+    alongside: Alongside | None,
+) -> CellBlock:
+    if alongside is not None and limit is None:
+        return alongside.read(shard, genes, n_genes, columns)
+    return open_shard(shard).read(shard, genes, n_genes, columns, limit)

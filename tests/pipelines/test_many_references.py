@@ -102,9 +102,9 @@ def test_a_shard_is_read_once_and_only_for_those_that_are_not_done_with_it(
     """One reference is done; of the other one unit was lost."""
     seen, read = [], together.read_shared
 
-    def watched(shard, references, *rest):
+    def watched(shard, references, *rest, **more):
         seen.append((shard.start, [reference.name for reference in references]))
-        return read(shard, references, *rest)
+        return read(shard, references, *rest, **more)
 
     monkeypatch.setattr(together, "read_shared", watched)
     store = str(tmp_path / "s")

@@ -1,0 +1,35 @@
+"""A shard that is landed while it is read gives the block that it gives anyway, and the piece that landing gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from scviaduct.landing import Landing, plan_landing
+from scviaduct.landing.alongside import Alongside
+from scviaduct.sources import open_shard, open_source
+
+
+@pytest.mark.parametrize("source", ["file", "census"])
+def test_reads_and_lands(source, symphony, census_collection, land, parity, scrambled, tmp_path):
+    census = f"census:2026-01-01?uri={census_collection}&var_filter=nnz > 20"
+    uri = str(symphony) if source == "file" else census
+    landing = Landing.at(tmp_path / "landing")
+    with open_source(uri) as opened:
+        scan = opened.scan(400)
+        plan = plan_landing(opened, 400, scan)
+    plan.begin(landing)
+    gene_map, n_genes = scrambled(plan.manifest.parts[0].n_genes)
+    columns = list(plan.manifest.parts[0].columns)[3:1:-1]
+    for _ in range(2):  # while it lands, and when it is landed
+        for job in plan.jobs[0]:
+            block = Alongside(landing, job).read(job.shard, gene_map, n_genes, columns)
+            plain = open_shard(job.shard).read(job.shard, gene_map, n_genes, columns)
+            for name in ("indptr", "indices", "data", "rows"):
+                np.testing.assert_array_equal(getattr(block, name), getattr(plain, name), strict=True)
+            assert block.obs.equals(plain.obs)
+            assert (block.shard, block.n_genes) == (plain.shard, plain.n_genes)
+    landing.publish(plan.finished(plan.recalled(landing)))
+    other, _ = land(uri, tmp_path / "other", 400)
+    assert landing.manifest() == other.manifest()
+    parity(uri, landing.path, 333)
