@@ -48,13 +48,16 @@ class Certainty:
         probabilities
             Shape ``(n_cells, n_labels)``; rows sum to one.
         """
-        label = probabilities.argmax(axis=1).astype(np.int32)
-        ordered = np.sort(probabilities, axis=1)
-        first = ordered[:, -1]
-        second = ordered[:, -2] if probabilities.shape[1] > 1 else np.zeros_like(first)
-        logs = np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
-        entropy = np.maximum(-(probabilities * logs).sum(axis=1), 0.0)
-        return cls(label, first.astype(np.float32), (first - second).astype(np.float32), entropy.astype(np.float32))
+        from scviaduct.mapping.ranking import rank  # numba takes 0.4 s
+
+        probabilities = np.ascontiguousarray(probabilities, np.float32)
+        n_cells = len(probabilities)
+        label: IntArray = np.empty(n_cells, np.int32)
+        figures: list[FloatArray] = [np.empty(n_cells, np.float32) for _ in range(3)]
+        # Nothing is lost below the least normal number, and a probability of zero adds zero.
+        logs = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+        rank(probabilities, logs, label, *figures)
+        return cls(label, *figures)
 
 
 class NeighborVote:
