@@ -7,10 +7,9 @@ the source. A cell's counts are never dense but in a slab of a matrix that is st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy import sparse
 
 from scviaduct.errors import InputError
 
@@ -77,28 +76,48 @@ class GeneTarget:
             columns = np.where(absent, np.int32(-1), columns)
         return cls(columns, n_genes)
 
-    def align(self, indptr: LongArray, indices: npt.NDArray[np.integer], data: npt.NDArray[np.generic]) -> Rows:
-        """Map the genes of some rows, sum those that share a column, sort; what is given stays as it is.
+    def align(
+        self,
+        indptr: LongArray,
+        indices: npt.NDArray[np.integer],
+        data: npt.NDArray[np.generic],
+        chosen: LongArray | None = None,
+    ) -> Rows:
+        """Map the genes of some rows, sum those that share a column, sort.
+
+        One compiled pass, which leaves zeros out and allocates what it returns. What is given may be read-only, and may
+        be mapped to one reference after the other.
 
         Parameters
         ----------
         indptr
             int64, shape ``(n_rows + 1,)``, beginning at 0.
         indices, data
-            Shape ``(nnz,)``; source genes and their values, of any numeric type.
+            Shape ``(nnz,)``; source genes and their values, of any integer and any real type.
+        chosen
+            int64; positions of the rows wanted. None for all.
+
+        Raises
+        ------
+        ValueError
+            If these are not rows of a matrix with as many genes as the source.
         """
-        columns = self.columns[indices]
-        kept = (columns >= 0) & (data != 0)
-        if not kept.all():
-            counted = np.concatenate(([0], np.cumsum(kept, dtype=np.int64)))
-            indptr, columns, data = counted[indptr], columns[kept], data[kept]
-        # scipy only sums 32-bit columns without a copy if the pointers are 32-bit too; a slab never has 2**31 values.
-        matrix = sparse.csr_matrix(
-            (data.astype(np.float32), columns, indptr.astype(np.int32)),  # sums happen in place
-            shape=(len(indptr) - 1, self.n_genes),
-        )
-        matrix.sum_duplicates()
-        return Rows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
+        from scviaduct.sources import kernels
+
+        if not (indptr[0] == 0 and indptr[-1] == len(indices) == len(data) and (np.diff(indptr) >= 0).all()):
+            raise ValueError(
+                f"indptr leads from {indptr[0]} to {indptr[-1]} of {len(indices)} genes, {len(data)} values"
+            )
+        starts, stops = indptr[:-1], indptr[1:]
+        if chosen is not None and len(chosen) < len(starts):
+            starts, stops = starts[chosen], stops[chosen]
+        pointers = np.empty(len(starts) + 1, np.int64)
+        room = int((stops - starts).sum())
+        columns, values = np.empty(room, np.int32), np.empty(room, np.float32)
+        read = [kernels.given(array) for array in (starts, stops, _plain(indices), _plain(data), self.columns)]
+        if not kernels.align(*read, pointers, columns, values, *kernels.scratch(self.n_genes)):
+            raise ValueError(f"genes {indices.min()} to {indices.max()} of {len(self.columns)}")
+        return Rows(pointers, *cut(int(pointers[-1]), columns, values))
 
 
 class Rows(NamedTuple):
@@ -108,16 +127,19 @@ class Rows(NamedTuple):
     indices: IntArray
     data: FloatArray
 
-    def take(self, chosen: LongArray) -> Rows:
-        """Some of the rows, by position, ascending."""
-        lengths = np.diff(self.indptr)
-        if len(chosen) == len(lengths):
-            return self
-        kept = np.zeros(len(lengths), np.bool_)
-        kept[chosen] = True
-        values = np.repeat(kept, lengths)
-        indptr = np.concatenate(([0], np.cumsum(lengths[chosen])))
-        return Rows(indptr, self.indices[values], self.data[values])
+
+def _plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same values in a type that is compiled for."""
+    if array.dtype.kind in "iu" and array.dtype.itemsize in (1, 2, 4, 8):
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32, copy=False)
+
+
+def cut(size: int, columns: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:
+    """Give back the memory behind the first values; nothing is copied."""
+    columns.resize(size, refcheck=False)
+    values.resize(size, refcheck=False)
+    return columns, values
 
 
 def assemble(parts: Iterable[Rows]) -> Rows:
@@ -129,6 +151,8 @@ def assemble(parts: Iterable[Rows]) -> Rows:
         columns.append(part.indices)
         values.append(part.data)
         total += len(part.data)
+    if len(columns) == 1:
+        return Rows(np.concatenate(pointers), columns[0], values[0])
     indices = np.concatenate([np.zeros(0, np.int32), *columns])
     columns.clear()
     data = np.concatenate([np.zeros(0, np.float32), *values])

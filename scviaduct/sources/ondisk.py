@@ -93,9 +93,8 @@ class Frame:
         self._where = where
         self.index = _text(group.attrs["_index"])
         self.columns = tuple(_text(name) for name in group.attrs["column-order"])
-        self._coded = (
-            frozenset(group[_CATEGORIES].keys()) if version == "0.1.0" and _CATEGORIES in group else frozenset()
-        )
+        has_codes = version == "0.1.0" and _CATEGORIES in group
+        self._coded = frozenset(group[_CATEGORIES].keys()) if has_codes else frozenset()
         self._plain_kind = "array" if version == "0.1.0" else ""
         self._categories: dict[str, pa.Array] = {}
 
@@ -197,8 +196,7 @@ class SparseMatrix:
         self._indptr, self._indices, self._data = group["indptr"], group["indices"], group["data"]
         for dataset in (self._indptr, self._indices, self._data):
             _dtype(dataset)
-        rows, genes = group.attrs["shape"]
-        self.shape = int(rows), int(genes)
+        self.shape = int(group.attrs["shape"][0]), int(group.attrs["shape"][1])
 
     def read(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
         """Selected rows in order, a slab at a time."""
@@ -209,11 +207,10 @@ class SparseMatrix:
                     raise ValueError("indptr does not ascend")
             for first, last in _slabs(indptr):
                 low, high = int(indptr[first]), int(indptr[last])
-                inside = chosen[(chosen >= first) & (chosen < last)] - first
                 with reading(f"{self._where}, rows {start + first} to {start + last},"):
-                    indices, data = self._values(low, high)
-                slab = target.align(indptr[first : last + 1] - low, indices, data)
-                yield slab.take(inside)
+                    inside = chosen[(chosen >= first) & (chosen < last)] - first
+                    slab = target.align(indptr[first : last + 1] - low, *self._values(low, high), inside)
+                yield slab
 
     def _values(self, low: int, high: int) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.generic]]:
         indices, data = self._indices[low:high], self._data[low:high]
@@ -221,16 +218,14 @@ class SparseMatrix:
             raise ValueError(
                 f"{high - low} values are announced, {len(indices)} genes and {len(data)} values are there"
             )
-        if len(indices) and not 0 <= indices.min() <= indices.max() < self.shape[1]:
-            raise ValueError(f"genes {indices.min()} to {indices.max()} of {self.shape[1]}")
         return indices, data
 
     def sample(self, count: int) -> npt.NDArray[np.generic]:
         """Some stored values: from the beginning, the middle and the end."""
         total = int(self._data.shape[0])
-        starts = {0, max(0, (total - count) // 2), max(0, total - count)}
+        starts = sorted({0, max(0, (total - count) // 2), max(0, total - count)})
         with reading(f"data of {self._where}"):
-            return np.concatenate([self._data[start : start + count] for start in sorted(starts)])
+            return np.concatenate([self._data[start : start + count] for start in starts])
 
 
 class DenseMatrix:
@@ -261,7 +256,7 @@ class DenseMatrix:
                 inside = chosen[(chosen >= first) & (chosen < first + size)] - first
                 at_row, at_gene = np.nonzero(dense)
                 indptr = np.concatenate(([0], np.cumsum(np.bincount(at_row, minlength=len(dense)))))
-                yield target.align(indptr, at_gene, dense[at_row, at_gene]).take(inside)
+                yield target.align(indptr, at_gene, dense[at_row, at_gene], inside)
 
     def sample(self, count: int) -> npt.NDArray[np.generic]:
         """Some non-zero values: from the first, the middle and the last rows."""

@@ -48,7 +48,7 @@ class FrameMatrix:
                 inside = chosen[(chosen >= first) & (chosen < last)] - first
                 at_row, at_column = np.nonzero(dense)
                 indptr = np.concatenate(([0], np.cumsum(np.bincount(at_row, minlength=len(dense)))))
-                yield target.align(indptr, at_column, dense[at_row, at_column]).take(inside)
+                yield target.align(indptr, at_column, dense[at_row, at_column], inside)
 
     def _dense(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         values = np.empty((stop - start, self.shape[1]), np.float32)
