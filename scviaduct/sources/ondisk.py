@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from scviaduct.errors import SourceError
+from scviaduct.sources.codecs import compiled_codecs
 from scviaduct.sources.counts import SLAB_BYTES, Rows, runs
 from scviaduct.sources.unreadable import reading
 
@@ -193,7 +194,8 @@ class SparseMatrix:
 
     def __init__(self, group: Any, where: str) -> None:
         self._where = where
-        self._indptr, self._indices, self._data = group["indptr"], group["indices"], group["data"]
+        with compiled_codecs(group):
+            self._indptr, self._indices, self._data = group["indptr"], group["indices"], group["data"]
         for dataset in (self._indptr, self._indices, self._data):
             _dtype(dataset)
         self.shape = int(group.attrs["shape"][0]), int(group.attrs["shape"][1])
