@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from scviaduct.values import IntArray, LongArray
 
 BUFFER_BYTES = 4 << 20
-"""TileDB's buffer for each column; a Census's own default is 1 GiB. With 4 MiB glibc reuses the memory; from 8 MiB on
-the kernel clears it anew for every table: 28k, 20k, 18k and 14k cells per CPU-second at 4, 8, 16 and 32 MiB."""
+"""TileDB's buffer for each column; a Census's own default is 1 GiB. The larger it is, the more often glibc takes new
+memory for a table, which the kernel clears: 21.0k, 20.0k, 17.4k and 14.1k cells per CPU-second at 4, 8, 16, 32 MiB."""
 DECODED_BYTES = 128 << 20
 """What TileDB decodes before it fills buffers. Less costs time (24k instead of 31k at 64 MiB, for memory that is given
 back and taken again); without a limit it is the whole slab."""
