@@ -73,7 +73,7 @@ def _mark(columns: IntArray, values: FloatArray, first: int, last: int, sums: Fl
 
 
 @_compiled
-def _emit(columns: IntArray, values: FloatArray, first: int, sums: FloatArray, marks: Marks) -> int:
+def _emit(columns: IntArray, values: FloatArray, first: int, sums: FloatArray, marks: Marks) -> np.int64:
     """Write a row's sums in order of their columns, and clear them; where the row ends."""
     end = np.uint64(first)
     for word in range(len(marks)):
