@@ -40,7 +40,7 @@ def mapped(pbmc, symphony, tmp_path_factory):
 def test_help_names_every_command(call):
     told = call("--help").stdout
     named = ("train", "reference", "choose", "publish", "check", "map", "status", "search", "export", "demo")
-    for name in (*named, "derive", "adapter"):
+    for name in (*named, "derive", "adapter", "index"):
         assert name in told
         assert call(name, "--help").exit_code == 0
     assert "census:2025-11-08?organism=homo_sapiens" in call("map", "--help").stdout
