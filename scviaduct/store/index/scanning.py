@@ -64,7 +64,9 @@ class Found(NamedTuple):
     def merged(cls, parts: Sequence[Found], k: int) -> Found:
         """The k nearest of several."""
         if len(parts) == 1:
-            return parts[0]
+            (one,) = parts
+            # What comes from another process is read-only.
+            return one if one.slot.flags.writeable else cls(one.distance.copy(), one.position.copy(), one.slot.copy())
         distance = np.concatenate([part.distance for part in parts], axis=1)
         position = np.concatenate([part.position for part in parts], axis=1)
         slot = np.concatenate([part.slot for part in parts], axis=1)
