@@ -33,7 +33,7 @@ _SLICE_BYTES = 16 << 20
 
 def run(context: Context) -> Report:
     """Compare the readers."""
-    collection, cells = context.collection(), context.pick(32_768, 8_192)
+    collection, cells = context.collection(), context.pick(24_576, 8_192)
     names = ("ours", "blockwise().scipy()", "tiledbsoma_ml, sequential", ".tables() alone")
     calls = ("ours", "blockwise", "sequential", "tables")
     told = {"collection": str(collection), "cells": cells}
