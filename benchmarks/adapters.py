@@ -29,7 +29,7 @@ COUNTS = (
 
 def run(context: Context) -> Report:
     """Both ways over the same case."""
-    batches, cells = context.pick(4, 2), context.pick(5_000, 400)
+    batches, cells = context.pick(3, 2), context.pick(5_001, 400)
     told = {"folder": str(context.folder), "batches": batches, "cells": cells, "quick": context.quick}
     ways = [
         Way("adapters", "benchmarks.adapters:fitted", told, cells),
