@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from scviaduct.compiling import unkept
 from scviaduct.errors import DataError
 from scviaduct.families import kernels
 from scviaduct.families.base import KERNELS
-from scviaduct.families.compiling import unkept
 from scviaduct.families.network import ACTIVATIONS
 from scviaduct.families.rowwise import elementwise, padded
 

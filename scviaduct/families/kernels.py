@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from scviaduct.families.compiling import compiled
+from scviaduct.compiling import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import float32, int32, njit, uint32
+from numba import float32, int32, uint32
 
+from scviaduct.compiling import compiled
 from scviaduct.errors import InputError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def narrow(
     return bool(found == _FITS)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _narrowed(indices, data, n_genes, most, genes, counts):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Whole numbers up to ``most``: both loops become vector instructions, 1.9 counts a ns of a core from its cache."""
     for low in range(0, len(data), _RUN):
@@ -164,7 +165,7 @@ def _narrowed(indices, data, n_genes, most, genes, counts):  # type: ignore[no-u
     return _FITS
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _copied(indices, data, n_genes, genes, counts):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Counts as they are."""
     highest = uint32(0)

@@ -20,12 +20,9 @@ if TYPE_CHECKING:
 @cache
 def _compiled(function: Callable[..., Any]) -> Any:
     """The function, compiled when it is called first with each type of arrays."""
-    import numba
+    from scviaduct.compiling import compiled
 
-    try:
-        return numba.njit(cache=True)(function)
-    except RuntimeError:  # there is no folder in which the compiled code could be kept
-        return numba.njit()(function)
+    return compiled()(function)
 
 
 def add_up(steps: Steps, chunk: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import types
 
-from scviaduct.families.compiling import compiled
+from scviaduct.compiling import compiled
 
 if TYPE_CHECKING:
     from scviaduct.values import FloatArray, IntArray

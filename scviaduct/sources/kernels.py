@@ -16,14 +16,13 @@ be read-only, and must be for what is compiled to be found again (:func:`given`)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
+
+from scviaduct.compiling import compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy.typing as npt
 
     from scviaduct.values import FloatArray, IntArray, LongArray
@@ -38,17 +37,6 @@ _BIT = np.zeros(64, np.uint8)
 _BIT[[((int(_SEQUENCE) << bit) % 2**64) >> 58 for bit in range(64)]] = np.arange(64)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compile at the first call with each type, and keep it beside this file or else in the user's cache."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        # A package on a read-only disk and a user without a home: each process compiles for itself.
-        return njit(nogil=True)(function)
-
-
 def given[T: np.generic](array: npt.NDArray[T]) -> npt.NDArray[T]:
     """A read-only, contiguous view, the one kind of array that kernels are compiled to read."""
     view = np.ascontiguousarray(array).view()
@@ -61,7 +49,7 @@ def scratch(n_genes: int) -> tuple[FloatArray, Marks]:
     return np.zeros(n_genes, np.float32), np.zeros(-(-n_genes // 64), np.uint64)
 
 
-@_compiled
+@compiled()
 def _mark(columns: IntArray, values: FloatArray, first: int, last: int, sums: FloatArray, marks: Marks) -> None:
     """Add some values of a row to its sums; zeros are passed over."""
     for i in range(first, last):
@@ -72,7 +60,7 @@ def _mark(columns: IntArray, values: FloatArray, first: int, last: int, sums: Fl
             sums[column] += value
 
 
-@_compiled
+@compiled()
 def _emit(columns: IntArray, values: FloatArray, first: int, sums: FloatArray, marks: Marks) -> np.int64:
     """Write a row's sums in order of their columns, and clear them; where the row ends."""
     end = np.uint64(first)
@@ -90,7 +78,7 @@ def _emit(columns: IntArray, values: FloatArray, first: int, sums: FloatArray, m
     return np.int64(end)
 
 
-@_compiled
+@compiled()
 def align(
     starts: LongArray,
     stops: LongArray,
@@ -144,7 +132,7 @@ def align(
     return True
 
 
-@_compiled
+@compiled()
 def select(
     rows: LongArray,
     genes: LongArray,
@@ -207,7 +195,7 @@ def select(
     return True
 
 
-@_compiled
+@compiled()
 def by_row(run_rows: IntArray, n_rows: int) -> tuple[LongArray, IntArray]:
     """Runs in the order of their rows: where those of each row end, and the runs."""
     ends, order = np.zeros(n_rows + 1, np.int64), np.empty(len(run_rows), np.int32)
@@ -222,7 +210,7 @@ def by_row(run_rows: IntArray, n_rows: int) -> tuple[LongArray, IntArray]:
     return ends[:n_rows], order
 
 
-@_compiled
+@compiled()
 def join(
     columns: IntArray,
     data: FloatArray,

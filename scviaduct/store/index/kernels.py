@@ -9,26 +9,18 @@ lists, segments, threads and machines.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numba
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from scviaduct.compiling import compiled
 
 CHUNK = 256
 """Vectors that are compared at a time: 30 kB of 30 dimensions stay in the first cache for all queries of a list."""
 LAST = np.iinfo(np.int64).max
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compile, and keep what comes out where a folder can be written."""
-    options: Any = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor a home can be written
-        return numba.njit(**options)(function)
+_compiled = compiled(error_model="numpy")
 
 
 @_compiled

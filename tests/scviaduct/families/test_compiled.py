@@ -13,9 +13,10 @@ import pytest
 import torch
 from scipy import sparse
 
+from scviaduct import compiling
 from scviaduct.errors import DataError
 from scviaduct.families import compiled as module
-from scviaduct.families import compiling, kernels
+from scviaduct.families import kernels
 from scviaduct.families.base import KERNELS, Covariates
 from scviaduct.families.compiled import CompiledEncoder, aligned
 from scviaduct.families.network import ACTIVATIONS, VARIANCES, Layer, Network
@@ -194,7 +195,7 @@ def test_sums_begin_at_a_cache_line():
 def test_where_nothing_can_be_kept_every_process_compiles_and_says_so(monkeypatch):
     """As numba fails where it can write neither beside the module nor in the user's cache."""
 
-    def without_cache(signatures, *, cache=False):
+    def without_cache(signatures, *, cache=False, nogil=False):
         if cache:
             raise RuntimeError("cannot cache function 'double': no locator available for file 'kernels.py'")
         return numba.njit(signatures)
@@ -210,7 +211,7 @@ SCRIPT = """
 import sys, numpy as np, torch
 sys.path.insert(0, {tests!r})
 import test_compiled as t
-from scviaduct.families.compiling import unkept
+from scviaduct.compiling import unkept
 before = torch.get_num_threads()
 matrix, codes, _ = t.cells(4100)
 found = t.encode(t.CompiledEncoder(t.network(genes=4100)), matrix, codes)
