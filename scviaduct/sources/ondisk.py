@@ -211,7 +211,8 @@ class SparseMatrix:
                 low, high = int(indptr[first]), int(indptr[last])
                 with reading(f"{self._where}, rows {start + first} to {start + last},"):
                     inside = chosen[(chosen >= first) & (chosen < last)] - first
-                    slab = target.align(indptr[first : last + 1] - low, *self._values(low, high), inside)
+                    indices, data = self._values(low, high)
+                    slab = target.align(indptr[first : last + 1] - low, indices, data, inside)
                 yield slab
 
     def _values(self, low: int, high: int) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.generic]]:
@@ -273,8 +274,7 @@ def _slabs(indptr: LongArray) -> Iterator[tuple[int, int]]:
     """Ranges of rows whose values fit a slab; a row that alone does not is a slab of its own."""
     limit, first, rows = SLAB_BYTES // VALUE_BYTES, 0, len(indptr) - 1
     while first < rows:
-        last = int(np.searchsorted(indptr, indptr[first] + limit, side="right")) - 1
-        last = min(max(last, first + 1), rows)
+        last = min(max(int(np.searchsorted(indptr, indptr[first] + limit, side="right")) - 1, first + 1), rows)
         yield first, last
         first = last
 
