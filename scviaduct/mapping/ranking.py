@@ -43,5 +43,7 @@ def rank(
                 best, first, second = column, value, max(first, np.float32(0))
             elif value > second:
                 second = value
+        if first < 0:  # every comparison with NaN is false
+            first = second = np.float32(np.nan)
         label[cell], probability[cell], margin[cell] = best, first, first - second
         entropy[cell] = max(-total, np.float32(0))
