@@ -55,6 +55,26 @@ def build(folder: str, cells: int, queries: int) -> Once:
     return once
 
 
+def vectors(folder: str, cells: int, queries: int) -> Once:
+    """From vectors in memory to lists in a file: what building a graph is compared with. No rows, and no reading."""
+    from scviaduct.store.index.quantizer import POINTS_PER_LIST, Quantizer, lists_for
+    from scviaduct.store.index.segments import in_lists
+
+    latent = np.load(Latents(cells, queries).folder(Path(folder)) / "vectors.npy")
+    written = Path(folder) / "lists.f32"
+
+    def once() -> dict[str, Any]:
+        size = min(len(latent), POINTS_PER_LIST * lists_for(len(latent)))
+        sample = latent[np.sort(np.random.default_rng(0).choice(len(latent), size, replace=False))]
+        quantizer = Quantizer.train(sample, len(latent), 1)
+        lists, _ = quantizer.assign(latent, 1)
+        x, _, _ = in_lists(latent, lists, len(quantizer.centroids))
+        x.tofile(written)
+        return {"lists": len(quantizer.centroids)}
+
+    return once
+
+
 def batch(folder: str, cells: int, queries: int) -> Once:
     """All queries at once: positions and distances."""
     searcher, latent, data = _searcher(folder, cells, queries)

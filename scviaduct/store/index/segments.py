@@ -99,12 +99,8 @@ class Task:
         each = np.array(list(mapped.values()))
         files = np.repeat(np.arange(len(each)), each)
         rows = np.arange(len(files)) - np.repeat(np.concatenate([[0], np.cumsum(each)[:-1]]), each)
-        whole = np.concatenate(lists)
-        order = np.argsort(whole, kind="stable")
         count = quantizer.centroids.shape[0] if quantizer else 1
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(whole, minlength=count))]).astype(np.int64)
-        x = np.empty(len(whole) * space.n_latent, np.float32)
-        pack(np.concatenate(latents), order, offsets, x)
+        x, offsets, order = in_lists(np.concatenate(latents), np.concatenate(lists), count)
         x.tofile(folder / "vectors.f32")
         offsets.tofile(folder / "offsets.i64")
         np.stack([files[order], rows[order]]).astype(np.int32).tofile(folder / "members.i32")
@@ -162,6 +158,29 @@ def latent_of(table: pa.Table, dimensions: int) -> FloatArray:
     """Latents of cells that have one, float32, shape ``(n, dimensions)``."""
     flat = table["latent"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(flat, np.float32).reshape(-1, dimensions)
+
+
+def in_lists(latent: FloatArray, lists: IntArray, count: int) -> tuple[FloatArray, LongArray, LongArray]:
+    """Vectors, list after list.
+
+    Parameters
+    ----------
+    latent, lists
+        float32, shape ``(n, dimensions)``, and int32, shape ``(n,)``: the list of each.
+    count
+        Number of lists.
+
+    Returns
+    -------
+    tuple
+        ``x`` and ``offsets`` as :func:`scviaduct.store.index.kernels.scan` takes them, and int64, shape ``(n,)``: which
+        vector comes where.
+    """
+    order = np.argsort(lists, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=count))]).astype(np.int64)
+    x = np.empty(latent.size, np.float32)
+    pack(latent, order, offsets, x)
+    return x, offsets, order
 
 
 def rows_key(snapshot: Snapshot) -> str:
