@@ -131,7 +131,7 @@ def test_inline_quarantines_what_the_dispatcher_would_and_gives_threads_back(sym
 
     tried = []
 
-    def flaky(shard, *_):
+    def flaky(shard, *_, **__):
         tried.append(shard.start)
         raise ConnectionError("gone away")
 
