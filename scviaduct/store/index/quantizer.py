@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -15,6 +16,8 @@ import faiss
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from scviaduct.values import FloatArray, IntArray, LongArray
 
 POINTS_PER_LIST = 48
@@ -92,9 +95,9 @@ class Quantizer:
         """
         n, dimensions = sample.shape
         lists = max(1, min(lists_for(cells), n // _LEAST_PER_LIST))
-        faiss.omp_set_num_threads(threads)
         means = faiss.Kmeans(dimensions, lists, niter=_ROUNDS, seed=_SEED, max_points_per_centroid=POINTS_PER_LIST)
-        means.train(sample)
+        with _threads(threads):
+            means.train(sample)
         made = cls(np.ascontiguousarray(means.centroids, np.float32), Trained(cells, 0.0, 0.0))
         found, squares = made.assign(sample, threads)
         sizes = np.bincount(found, minlength=lists)
@@ -102,8 +105,8 @@ class Quantizer:
 
     def assign(self, latent: FloatArray, threads: int) -> tuple[IntArray, FloatArray]:
         """Nearest centroid of each cell, and the squared distance."""
-        faiss.omp_set_num_threads(threads)
-        squares, found = faiss.knn(np.ascontiguousarray(latent, np.float32), self.centroids, 1)
+        with _threads(threads):
+            squares, found = faiss.knn(np.ascontiguousarray(latent, np.float32), self.centroids, 1)
         return found[:, 0].astype(np.int32), squares[:, 0]
 
     def drift(self, sizes: LongArray, squares: float) -> str:
@@ -141,6 +144,17 @@ class Quantizer:
         """
         told = json.loads((folder / f"centroids-{digest}.json").read_text())
         return cls(np.load(folder / f"centroids-{digest}.npy"), Trained(**told))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Threads of faiss, for as long as the block lasts: PyTorch has the same OpenMP, and would compute on as many."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 @lru_cache(maxsize=4)

@@ -93,7 +93,7 @@ def test_spoilt_chunk_is_an_error_of_its_shard(path, dataset, columns, what):
 
 def test_spoilt_names_of_genes(path):
     with open_source(str(path)) as source:
-        index = source._var.index
+        index = source.var_index
     spoil(path, f"var/{index}")
     with open_source(str(path)) as source:
         with pytest.raises(SourceError, match=rf"of var of file://{path} cannot be read \("):

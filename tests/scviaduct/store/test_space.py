@@ -77,10 +77,12 @@ def test_every_column_is_read_back(lab):
 
 
 @pytest.mark.parametrize(
-    ("uri", "expected"), [("census:homo_sapiens", [4, 7]), ("soma:/x#RNA", [4, 7]), (SOURCE, [None] * 2)]
+    ("source", "expected"), [("census:homo_sapiens", [4, 7]), ("soma:/x#RNA", [4, 7]), (SOURCE, [None] * 2)]
 )
-def test_join_ids_come_from_soma_alone(lab, uri, expected):
-    lab.put([4, 7], uri=uri)
+@pytest.mark.parametrize("uri", [None, "landing:/there"])
+def test_join_ids_come_from_soma_alone(lab, source, uri, expected):
+    """Wherever the cells were read: a landing of a Census has the Census's."""
+    lab.put([4, 7], source=source, uri=uri)
     assert all_of(lab.space)["soma_joinid"].to_pylist() == expected
 
 
