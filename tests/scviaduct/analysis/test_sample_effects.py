@@ -1,7 +1,7 @@
 """Planted effects of a simulated cohort are found where they are, and none where there is none.
 
 12 donors of 200 cells, two genotypes x two stimulations of three donors each; 100 genes of which 10 change by a log
-fold change of 1.2; donors differ by 0.3 within a cell type. The model knows the cell types.
+fold change of 2; donors differ by 0.3 within a cell type. The model knows the cell types.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scviaduct.families.vae import quiet
 from scviaduct.simulation.cohort import Cohort
 from tests.support.mrvi import cells_of, run, train
 
-COHORT = Cohort(effect=1.2, donor_effect=0.3)
+COHORT = Cohort(effect=2.0, donor_effect=0.3)
 TERMS = ("genotype", "stimulation", "genotype:stimulation")
 PLANTED = (("genotype", "genotype"), ("interaction", "genotype:stimulation"))
 GENES = tuple(f"G{number}" for number in range(20))
@@ -59,14 +59,14 @@ def test_planted_effects_are_found_where_they_are(table, effects, cohort):
     """Stimulation alone changes nothing anywhere.
 
     Effects and fold changes say it, and not p-values: what a sample's embedding learnt of one cell type leaks into
-    others, by a fraction of the effect (docs/samples.md). How much depends on the training: of three orders of the same
-    cells, one gave stimulation p = 0.002 in ``null``, and .23 and more the others.
+    others, by a fraction of the effect (docs/samples.md). How much depends on the training: of four orders of the same
+    cells, one gave stimulation p = 0.03 in ``null``, and the others .26 and more.
     """
     found = table["p"]
     assert found["genotype", "genotype"] <= 0.01
     assert found["interaction", "genotype:stimulation"] <= 0.03
     smallest = min(table.loc[planted, "effect"] for planted in PLANTED)
-    assert smallest > 1.5 * table.xs("stimulation", level="term")["effect"].max()  # 1.7, 2.3 and 2.8 times
+    assert smallest > 1.5 * table.xs("stimulation", level="term")["effect"].max()  # 2.8 to 19 times
     kind = cohort[0].adata.obs["cell_type"].to_numpy()
     share = pd.DataFrame({term: effects[0][f"p_{term.replace(':', '_x_')}"] <= 0.05 for term in TERMS}).groupby(kind)
     assert share.mean().loc["genotype", "genotype"] > 0.95
@@ -92,7 +92,7 @@ def test_genes_go_the_planted_way(effects):
     _, matrices, finished = effects
     genes = finished.tables["multivariate_de_genes"].set_index(["group", "term", "gene"])["lfc"].sort_index()
     planted = COHORT.fold_changes()[:20]
-    assert planted[:4].tolist() == [1.2, -1.2, 1.2, -1.2]
+    assert planted[:4].tolist() == [2.0, -2.0, 2.0, -2.0]
     assert not planted[10:].any()
     for group, term in PLANTED:
         found, null = (genes[one, term][list(GENES)].to_numpy() for one in (group, "null"))
