@@ -29,7 +29,7 @@ COUNTS = (
 
 def run(context: Context) -> Report:
     """Compare one with four."""
-    cells = context.pick(65_536, 8_192)
+    cells = context.pick(196_608, 8_192)
     packages = [str(reference(context.folder, context.design, TYPICAL, seed)[1]) for seed in range(4)]
     told = {"collection": str(context.collection()), "cells": cells, "folder": str(context.folder)}
     call = "benchmarks.many:mapped"
