@@ -45,8 +45,8 @@ class Hits:
     ----------
     table
         Columns ``query_dataset`` and ``query`` (the query cell's key), ``rank`` (from 1), ``distance`` (Euclidean, in
-        latent space), the neighbour's key, label and
-        its uncertainty, and the kept columns; sorted by query and rank.
+        latent space), the neighbour's key, label and its uncertainty, and the kept columns; sorted by query and rank.
+        A kept column that is called like one of the first four is ``cell.NAME`` here.
     method
         ``exact``, ``exact on the selected cells`` or ``IVF-Flat``.
     recall
@@ -97,4 +97,10 @@ def hits_table(
         "rank": pa.array(np.cumsum(keep, axis=1)[keep].astype(np.int32)),
         "distance": pa.array(np.sqrt(found.distance[keep])),
     }
-    return pa.table(columns | {name: rows[name] for name in rows.column_names if name not in _OWN})
+    for name in rows.column_names:
+        if name not in _OWN:
+            told = name
+            while told in columns:
+                told = f"cell.{told}"
+            columns[told] = rows[name]
+    return pa.table(columns)

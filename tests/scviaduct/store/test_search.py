@@ -94,6 +94,20 @@ def test_no_hit_has_the_columns_of_one(line):
     assert search(line.space, queries_of(np.zeros((0, DIMENSIONS))), 1).table.schema == some.schema
 
 
+def test_a_kept_column_called_like_one_of_a_hit(lab):
+    kept = {"rank": "int64", "cell.rank": "int64", "distance": "double", "query": "string"}
+    obs = {"rank": [7, 8], "cell.rank": [70, 80], "distance": [-1.0, -2.0], "query": ["kept", "too"]}
+    lab.commit(lab.stage(range(2), kept=kept, obs=obs), kept=kept)
+    queries = Queries(["q"], ["0"], np.zeros((1, DIMENSIONS), np.float32))
+    one, two = search(lab.space, queries, 2).table.to_pylist()
+    assert (one["query"], one["rank"], two["rank"]) == ("0", 1, 2)
+    assert 0 <= one["distance"] <= two["distance"]
+    told = {"cell.rank": 7, "cell.cell.rank": 70, "cell.distance": -1.0, "cell.query": "kept"}
+    assert told.items() <= one.items()
+    (found,) = search(lab.space, queries, 2, where="rank = 8").table.to_pylist()
+    assert found["observation_id"] == "c1"
+
+
 @pytest.mark.parametrize("many", [3, 64])
 def test_exact_neighbours_are_numpys(lab, many):
     rng = np.random.default_rng(0)
