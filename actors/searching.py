@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from scviaduct.store.search.device import DeviceVectors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from scviaduct.store.index import Manifest
     from scviaduct.store.index.segments import Task
     from scviaduct.values import LongArray
 
@@ -28,6 +30,8 @@ class SearchWorker:
 
     Parameters
     ----------
+    manifest
+        Of the index that is searched, as the driver opened it: another may lie in the folder since.
     folder
         Of the index.
     segments
@@ -37,16 +41,27 @@ class SearchWorker:
         the slice, and answers exact searches of all cells.
     """
 
-    def __init__(self, folder: str, segments: Sequence[int], device: str | None = None) -> None:
+    def __init__(self, manifest: Manifest, folder: str, segments: Sequence[int], device: str | None = None) -> None:
         torch.set_num_threads(1)
         faiss.omp_set_num_threads(1)
         self.device = device or ("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
-        index = Index.open(Path(folder), segments)
+        self._index = manifest, Path(folder), segments
+
+    @cached_property
+    def _slice(self) -> Slice:
+        """Opened when it is first asked, so that what is missing is told by the answer and does not end the actor."""
+        index = Index.of(*self._index)
         held = None if self.device == "cpu" else DeviceVectors(index.segments, self.device)
-        self._slice = Slice(index, 1, held)
+        return Slice(index, 1, held)
 
     def describe(self) -> dict[str, Any]:
-        """Where this worker runs; answers once the slice is open."""
+        """Where this worker runs; answers once the slice is open.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the index is not there any more.
+        """
         return {"pid": os.getpid(), "device": self.device, "segments": sorted(self._slice.index.segments)}
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -63,22 +78,30 @@ class Fan:
 
     Parameters
     ----------
-    folder
+    manifest, folder
         Of the index.
-    cells
-        Cells of each of its segments.
     actors
         At most; one segment is never cut.
     cpus, gpus
         That an actor reserves.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder does not hold that index any more.
     """
 
-    def __init__(self, folder: str, cells: Sequence[int], actors: int, cpus: float, gpus: float) -> None:
+    def __init__(self, manifest: Manifest, folder: str, actors: int, cpus: float, gpus: float) -> None:
+        cells = [part.cells for part in manifest.parts]
         shares = spread(cells, actors)
         self._owner = np.array([next(i for i, share in enumerate(shares) if n in share) for n in range(len(cells))])
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 1, "max_task_retries": 2}
-        self._actors = [SearchActor.options(**options).remote(folder, share) for share in shares]
-        self.described: list[dict[str, Any]] = ray.get([actor.describe.remote() for actor in self._actors])
+        self._actors = [SearchActor.options(**options).remote(manifest, folder, share) for share in shares]
+        try:
+            self.described: list[dict[str, Any]] = ray.get([actor.describe.remote() for actor in self._actors])
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """Ask the same of every slice; the answers in their order."""

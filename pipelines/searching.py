@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipelines.jobs import SHARD_CELLS
 from pipelines.progress import reporter
-from scviaduct.errors import InputError
+from scviaduct.errors import InputError, StoreError
 from scviaduct.mapping import preflight
 from scviaduct.mapping.batches import group_columns, query_batches
 from scviaduct.mapping.mapper import Mapper, model_columns, some
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from actors.searching import Fan
+    from cluster.connect import Resources
     from scviaduct.store import Space
+    from scviaduct.store.index import Index
+
+_TRIES = 3
 
 
 def search(
@@ -140,19 +145,31 @@ def _searcher(space: Space, version: int, actors: int | None, address: str | Non
     if actors is None:
         yield space.searcher(version)
         return
-    from actors.searching import Fan
     from cluster.connect import connect
 
-    index = ensure_index(space, version)
-    cells = [part.cells for part in index.manifest.parts]
+    ensure_index(space, version)  # what cannot be searched needs no cluster
     with connect(address) as resources:
-        gpus = 1.0 if resources.gpus >= min(actors, len(cells)) else 0.0
-        cpus = min(1.0, resources.cpus / (actors + 1))
-        fan = Fan(str(space.path / "index" / f"{version}"), cells, actors, cpus, gpus)
+        index, fan = _fan(space, version, actors, resources)
         try:
             yield Searcher(index, space.name, fan)
         finally:
             fan.close()
+
+
+def _fan(space: Space, version: int, actors: int, resources: Resources) -> tuple[Index, Fan]:
+    """Open the index here and its slices in actors; again if it was rebuilt or removed in between."""
+    from actors.searching import Fan
+
+    for _ in range(_TRIES):
+        index = ensure_index(space, version)
+        gpus = 1.0 if resources.gpus >= min(actors, len(index.manifest.parts)) else 0.0
+        cpus = min(1.0, resources.cpus / (actors + 1))
+        try:
+            return index, Fan(index.manifest, str(space.path / "index" / f"{version}"), actors, cpus, gpus)
+        except FileNotFoundError as error:
+            missing = error
+    told = f"The actors do not find the index of version {version} that this process opened ({missing})."
+    raise StoreError(told, "Keep the store on a disk that all nodes see, and search when nobody rebuilds the index.")
 
 
 def _map_queries(space: Space, cells: str, path: str | None, settings: Settings, accept: Sequence[str]) -> Queries:

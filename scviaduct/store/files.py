@@ -76,3 +76,27 @@ def size(path: Path) -> int | None:
 def read_json(path: Path) -> Any:
     """Read back what :func:`write_once` wrote."""
     return json.loads(path.read_text())
+
+
+def read_remade(path: Path) -> Any:
+    """Read JSON of something that is made anew where it is not there.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there, or was cut off when a machine went down.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise FileNotFoundError(f"'{path}' is cut off ({error})") from error
+
+
+def flush(folder: Path) -> None:
+    """Have all files of a folder on the disk, and then the folder: what is renamed after that is whole, always."""
+    for path in (*folder.rglob("*"), folder):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -100,7 +101,10 @@ class Stager:
             # The winner's files were removed since; this attempt takes its place.
             record.unlink(missing_ok=True)
         faults.point("recorded")
-        assign(space, files[0].name, mapping.latent[mapping.mapped])
+        # It spares a build some work. The unit is done without it: a full disk or an index that is being removed under
+        # it is no reason to map the cells again.
+        with suppress(OSError, ValueError, EOFError):
+            assign(space, files[0].name, mapping.latent[mapping.mapped])
         return completion
 
 

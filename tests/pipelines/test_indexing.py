@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import ray
 
 import pipelines as sv
+from actors import searching
 from actors.searching import SearchWorker, spread
 from scviaduct.store import Store
 from scviaduct.store.index import building, ensure_index
@@ -57,10 +59,35 @@ def test_a_worker_holds_its_segments(store):
     index = ensure_index(store.space(), builder=building.Builder(workers=4))
     folder = store.space().path / "index" / f"{index.manifest.version}"
     assert len(index.segments) == 4
-    worker = SearchWorker(str(folder), [1, 3], "cpu")
+    worker = SearchWorker(index.manifest, str(folder), [1, 3], "cpu")
     assert worker.describe()["segments"] == [1, 3]
     found = worker.call("exact", np.zeros((2, WIDTH), np.float32), 5, None)
     assert set((found.slot >> 40).ravel().tolist()) <= {1, 3}
+    rebuilt = ensure_index(store.space(), rebuild=True)
+    late = SearchWorker(index.manifest, str(folder), [0], "cpu")  # as Ray starts one again
+    with pytest.raises(FileNotFoundError):
+        late.describe()
+    assert SearchWorker(rebuilt.manifest, str(folder), [0], "cpu").describe()["segments"] == [0]
+
+
+def test_actors_search_the_index_that_the_driver_opened(store, local_ray, monkeypatch):
+    """One that is rebuilt in between is opened again by all; actors of the first try are ended."""
+    ensure_index(store.space(), builder=building.Builder(workers=4))
+    expected = ask(store, where="tissue = 'lung'")
+    fans = []
+
+    class Late(searching.Fan):
+        def __init__(self, manifest, *rest):
+            fans.append(self)
+            if len(fans) == 1:
+                ensure_index(store.space(), rebuild=True)
+            super().__init__(manifest, *rest)
+
+    monkeypatch.setattr(searching, "Fan", Late)
+    assert ask(store, actors=1, where="tissue = 'lung'") == expected
+    assert len(fans) == 2
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(fans[0]._actors[0].describe.remote())
 
 
 @pytest.mark.parametrize(

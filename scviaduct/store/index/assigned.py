@@ -6,6 +6,7 @@ import secrets
 import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -41,19 +42,22 @@ def assign(space: Path, name: str, latent: FloatArray) -> None:
             path = _path(space, digest, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-            with temporary.open("wb") as file:
-                np.savez(file, lists=found, squares=squares.sum(dtype=np.float64))
-            temporary.rename(path)
+            try:
+                with temporary.open("wb") as file:
+                    np.savez(file, lists=found, squares=squares.sum(dtype=np.float64))
+                temporary.rename(path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def assigned(space: Path, digest: str, name: str, cells: int) -> tuple[IntArray, float] | None:
-    """What :func:`assign` wrote of a unit: its lists and the summed squared distances; None if it wrote nothing."""
-    path = _path(space, digest, name)
-    if not path.exists():
+    """Lists of a unit and their summed squared distances, as :func:`assign` wrote them; None if they are not whole."""
+    try:
+        with np.load(_path(space, digest, name)) as told:
+            lists: IntArray = told["lists"]
+            return (lists, float(told["squares"])) if len(lists) == cells else None
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile):  # not there, or cut off: the build assigns
         return None
-    with np.load(path) as told:
-        lists: IntArray = told["lists"]
-        return (lists, float(told["squares"])) if len(lists) == cells else None
 
 
 def forget(space: Path) -> None:

@@ -8,7 +8,6 @@ trained and all segments are written anew, which ``--rebuild`` asks for by hand.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from dataclasses import dataclass, field
@@ -19,10 +18,11 @@ import numpy as np
 from scviaduct.errors import StoreError
 from scviaduct.store.index import calibration
 from scviaduct.store.index.assigned import forget
-from scviaduct.store.index.manifest import Manifest, Part, built, is_built, remove, remove_old
+from scviaduct.store.index.linking import link, told_of
+from scviaduct.store.index.manifest import Manifest, Part, built, is_built, place, remove, remove_old
 from scviaduct.store.index.opened import Index
 from scviaduct.store.index.quantizer import POINTS_PER_LIST, Quantizer, cores, lists_for
-from scviaduct.store.index.segments import Builder, Task, latent_of, link, rows_key, told_of
+from scviaduct.store.index.segments import Builder, Task, latent_of, lists_of, rows_key
 from scviaduct.store.reading import order_of, read_units
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ IVF_FROM = 20_000
 SEGMENT_CELLS = 1 << 21
 """Cells of a segment at most: what a build holds in memory, about 0.5 kB a cell, so 1 GB."""
 SEGMENTS = 8
-"""Segments of less than :data:`SEGMENT_CELLS` cells, above which the smaller half of them is put together."""
+"""Segments of less than :data:`SEGMENT_CELLS` cells, above which the smaller half of them is put together;
+as many as there are workers, where these are more."""
 MASKED = 0.25
 """Share of a segment's cells that may be masked."""
 _SEED = 0
@@ -67,11 +68,13 @@ def ensure_index(
         If the version has no cells with a latent.
     """
     folder = ready_index(space, as_of, builder, rebuild=rebuild)
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
         try:
             return Index.open(folder)
-        except FileNotFoundError as error:  # another search removed it
+        except FileNotFoundError as error:  # another search removed it, or a file of it is missing or cut off
             missing = error
+        if attempt:
+            remove(folder)
         ready_index(space, int(folder.name), builder)
     raise StoreError(
         f"The index of version {folder.name} misses a file ({missing}).", f"Remove '{folder}': it is built anew."
@@ -92,18 +95,15 @@ def ready_index(
 
 
 def _build(space: Space, snapshot: Snapshot, folder: Path, builder: Builder, *, anew: bool) -> None:
-    """Build under another name, then rename; of two builders one finds the folder there and drops its own."""
+    """Build under another name, then rename; of two builders one finds the folder there and drops its own.
+
+    One that builds anew does not: what it finds there is what it was to replace.
+    """
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
         _Build(space, snapshot, temporary, builder).run(anew=anew)
-        if anew or not is_built(folder):  # one of an older format
-            remove(folder)
-        try:
-            os.rename(temporary, folder)  # noqa: PTH104 - pathlib's replaces a folder on some systems
-        except OSError:
-            if not is_built(folder):
-                raise
+        place(temporary, folder, anew=anew)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -193,17 +193,11 @@ class _Build:
             quantizer.save(self.folder)
         digest = quantizer.digest if quantizer else ""
         rows = rows_key(self.snapshot)
-        reused = [] if anew else self._reused(digest)
-        groups = self._groups(reused)
-        small = sorted((one for one in reused if one.cells < SEGMENT_CELLS // 2), key=lambda one: one.cells)
-        if len(reused) + len(groups) > SEGMENTS + self.snapshot.cells // SEGMENT_CELLS:
-            put_together = small[: -(-len(small) // 2)]
-            reused = [one for one in reused if one not in put_together]
-            groups = self._groups(reused)
+        reused, groups = self._planned([] if anew else self._reused(digest))
         tasks = [self._task(names, digest, rows) for names in groups]
         segments = [*tasks]
         for one in reused:
-            task, done = self._take_over(one, digest, rows)
+            task, done = self._take_over(one, digest, rows, lists_of(quantizer))
             segments.append(task)
             if not done:
                 tasks.append(task)
@@ -214,14 +208,14 @@ class _Build:
         threads = cores() if self.builder.run is None else 1
         return Task(str(self.space.path), self.snapshot.version, tuple(names), str(self.folder), digest, rows, threads)
 
-    def _take_over(self, one: _Reused, digest: str, rows: str) -> tuple[Task, bool]:
+    def _take_over(self, one: _Reused, digest: str, rows: str, lists: int) -> tuple[Task, bool]:
         """Link a segment into this index; the task that makes it, and whether nothing is left to do for it."""
         task = self._task(one.names, digest, rows)
         try:
-            if link(one.folder, self.folder / task.id, rows):
+            if link(one.folder, self.folder / task.id, rows, lists):
                 return task, True
-        except FileNotFoundError:  # it was just removed
-            shutil.rmtree(self.folder / task.id)
+        except FileNotFoundError:  # it was just removed, or is cut off
+            shutil.rmtree(self.folder / task.id, ignore_errors=True)
         else:
             if len(one.live) == len(one.names):  # other columns: rows alone are written
                 return task, False
@@ -246,14 +240,36 @@ class _Build:
                 continue
         return found
 
-    def _groups(self, reused: Sequence[_Reused]) -> list[tuple[str, ...]]:
-        """Files that no segment holds, cut into segments."""
+    def _planned(self, reused: list[_Reused]) -> tuple[list[_Reused], list[tuple[str, ...]]]:
+        """Segments that are taken over, and the files of those that are written.
+
+        What is put together is not cut for the workers again: it would be put together with every commit.
+        """
+        new = self._missing(reused)
+        groups = self._groups(new, self.builder.workers)
+        if len(reused) + len(groups) <= max(SEGMENTS, self.builder.workers) + self.snapshot.cells // SEGMENT_CELLS:
+            return reused, groups
+        small = sorted((one for one in reused if one.cells < SEGMENT_CELLS // 2), key=lambda one: one.cells)
+        put_together = small[: -(-len(small) // 2)]
+        if len(put_together) + (len(groups) == 1) < 2:  # one alone would be written again for nothing
+            return reused, groups
+        left = [one for one in reused if one not in put_together]
+        names = self._missing(left)
+        if len(groups) <= 1:
+            return left, self._groups(names, 1)
+        return left, [*groups, *self._groups([name for name in names if name not in set(new)], 1)]
+
+    def _missing(self, reused: Sequence[_Reused]) -> list[str]:
+        """Files that no segment holds."""
         held = {name for one in reused for name in one.live}
-        names = [name for name in self.order if name not in held]
+        return [name for name in self.order if name not in held]
+
+    def _groups(self, names: Sequence[str], workers: int) -> list[tuple[str, ...]]:
+        """Files cut into segments."""
         rows = [self.snapshot.pairs[name].cells.rows for name in names]
         before = np.concatenate([[0], np.cumsum(rows)])
         total = int(before[-1])
-        count = max(1, -(-total // SEGMENT_CELLS), min(self.builder.workers, total // IVF_FROM))
+        count = max(1, -(-total // SEGMENT_CELLS), min(workers, total // IVF_FROM))
         groups: dict[int, list[str]] = {}
         for name, start in zip(names, before.tolist(), strict=False):
             groups.setdefault(start * count // max(1, total), []).append(name)

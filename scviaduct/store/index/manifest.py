@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
+
+from scviaduct.errors import StoreError
+from scviaduct.store.files import flush, read_remade
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Version of the files of an index: one of another format is built anew."""
 _KEPT = 2
+_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +94,9 @@ class Manifest:
         Raises
         ------
         FileNotFoundError
-            If it is not there.
+            If it is not there, or was cut off when a machine went down.
         """
-        return cls.heard(json.loads((folder / "manifest.json").read_text()))
+        return cls.heard(read_remade(folder / "manifest.json"))
 
     @classmethod
     def heard(cls, told: dict[str, Any]) -> Self:
@@ -106,7 +111,7 @@ class Manifest:
 def is_built(folder: Path) -> bool:
     """Whether an index of this format is there."""
     try:
-        told = json.loads((folder / "manifest.json").read_text())
+        told = read_remade(folder / "manifest.json")
     except FileNotFoundError:
         return False
     return bool(told.get("format") == FORMAT)
@@ -138,7 +143,62 @@ def remove(folder: Path) -> None:
 
     It is renamed first: nobody finds a part of one, and whoever has opened it keeps what is mapped.
     """
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     with suppress(OSError):  # someone else removed it, or may and this one may not
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def place(made: Path, folder: Path, *, anew: bool) -> None:
+    """Rename what was built to where it is looked for.
+
+    What lies there is renamed before and removed after, so that another builder has no time to find the place empty
+    and put its own there; where one did, it stays, unless this one was to be built anew.
+
+    Parameters
+    ----------
+    made
+        What was built, all of it on the disk before it is renamed.
+    folder
+        Its place.
+    anew
+        Whether it takes the place of an index that is there.
+
+    Raises
+    ------
+    StoreError
+        If what lies there may not be renamed, or others are put there again and again.
+    """
+    flush(made)
+    for _ in range(_TRIES):
+        old = None
+        if anew or not is_built(folder):  # one of an older format, or cut off
+            old = _old(folder)
+        try:
+            os.rename(made, folder)  # noqa: PTH104 - pathlib's replaces a folder on some systems
+        except OSError:
+            if not folder.exists():
+                raise
+            if not anew and is_built(folder):
+                return
+        else:
+            return
+        finally:
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+    raise StoreError(f"Others put their indexes into '{folder}' all the time.", "Try again when they are done.")
+
+
+def _old(folder: Path) -> Path | None:
+    """Rename what is to be replaced; None if nothing is there."""
+    try:
+        return _aside(folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(
+            f"The index '{folder}' cannot be replaced ({error}).", "Do so as its owner, or have its owner remove it."
+        ) from error
+
+
+def _aside(folder: Path) -> Path:
+    """Rename an index to where nobody looks for one."""
+    return folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}"))

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from scviaduct.store.index.manifest import Manifest
 from scviaduct.store.index.quantizer import Quantizer
-from scviaduct.store.index.segments import Segment
+from scviaduct.store.index.segments import Segment, lists_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,16 +51,21 @@ class Index:
         Raises
         ------
         FileNotFoundError
-            If it is not there, or is just being removed.
+            If it is not there or not whole, or is just being removed.
         """
         return cls.of(Manifest.load(folder), folder, only)
 
     @classmethod
     def of(cls, manifest: Manifest, folder: Path, only: Sequence[int] | None = None) -> Self:
-        """Map the index that a manifest describes into memory; parameters and errors are those of :meth:`open`."""
+        """Map the index that a manifest describes into memory; parameters and errors are those of :meth:`open`.
+
+        Folders of segments and files of centroids are named by what is in them: where another index has come to lie in
+        the folder, it is either of the same segments or not found.
+        """
         numbers = range(len(manifest.parts)) if only is None else only
-        segments = {n: Segment.open(manifest.parts[n], folder / manifest.parts[n].id) for n in numbers}
         quantizer = Quantizer.load(folder, manifest.quantizer) if manifest.quantizer else None
+        lists = lists_of(quantizer)
+        segments = {n: Segment.open(manifest.parts[n], folder / manifest.parts[n].id, lists) for n in numbers}
         return cls(manifest, segments, quantizer)
 
     @property

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Self
 import faiss
 import numpy as np
 
+from scviaduct.store.files import read_remade
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -140,10 +142,13 @@ class Quantizer:
         Raises
         ------
         FileNotFoundError
-            If it is not there.
+            If it is not there, or was cut off when a machine went down.
         """
-        told = json.loads((folder / f"centroids-{digest}.json").read_text())
-        return cls(np.load(folder / f"centroids-{digest}.npy"), Trained(**told))
+        told, path = read_remade(folder / f"centroids-{digest}.json"), folder / f"centroids-{digest}.npy"
+        try:
+            return cls(np.load(path), Trained(**told))
+        except (EOFError, ValueError) as error:
+            raise FileNotFoundError(f"'{path}' is cut off ({error})") from error
 
 
 @contextmanager

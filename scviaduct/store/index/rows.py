@@ -107,7 +107,10 @@ def open_table(path: Path) -> pa.Table:
     Raises
     ------
     FileNotFoundError
-        If it is not there.
+        If it is not there, or was cut off when a machine went down.
     """
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid as error:
+        raise FileNotFoundError(f"'{path}' is cut off ({error})") from error

@@ -7,7 +7,6 @@ has hard links to it. What a version does not name any more of it is masked by a
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,9 +16,10 @@ import pyarrow as pa
 
 from scviaduct.store.index.assigned import assigned
 from scviaduct.store.index.kernels import fetch, pack
+from scviaduct.store.index.linking import require_rows, require_vectors
 from scviaduct.store.index.manifest import FORMAT, Part
 from scviaduct.store.index.quantizer import Quantizer, cached
-from scviaduct.store.index.rows import open_table, write_rows
+from scviaduct.store.index.rows import write_rows
 from scviaduct.store.reading import read_units
 from scviaduct.store.space import Space
 from scviaduct.values import digest
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from scviaduct.store.reading import Snapshot
     from scviaduct.values import FloatArray, IntArray, LongArray
-
-_VECTORS = ("vectors.f32", "offsets.i64", "members.i32", "segment.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,8 @@ class Task:
         snapshot = space.snapshot(self.version)
         snapshot = replace(snapshot, pairs={name: snapshot.pairs[name] for name in self.names})
         if (folder / "segment.json").exists():  # of other rows
-            segment = Segment.open(Part(self.id, "", 0, (0,) * len(self.names)), folder, rows=False)
+            part = Part(self.id, "", 0, (0,) * len(self.names))
+            segment = Segment.open(part, folder, lists_of(self._quantizer()), rows=False)
             tables = [
                 _rows(table) for _, table in _tables(space, snapshot, [n for n in snapshot.names if n != "latent"])
             ]
@@ -87,7 +86,7 @@ class Task:
     def _write(self, space: Space, snapshot: Snapshot, folder: Path) -> None:
         """Vectors and rows of files."""
         tables, latents, lists, squares, mapped = [], [], [], 0.0, dict.fromkeys(self.names, 0)
-        quantizer = cached(self.folder, self.quantizer) if self.quantizer else None
+        quantizer = self._quantizer()
         for name, table in _tables(space, snapshot, list(snapshot.names)):
             latent = latent_of(table, space.n_latent)
             tables.append(_rows(table))
@@ -99,14 +98,16 @@ class Task:
         each = np.array(list(mapped.values()))
         files = np.repeat(np.arange(len(each)), each)
         rows = np.arange(len(files)) - np.repeat(np.concatenate([[0], np.cumsum(each)[:-1]]), each)
-        count = quantizer.centroids.shape[0] if quantizer else 1
-        x, offsets, order = in_lists(np.concatenate(latents), np.concatenate(lists), count)
+        x, offsets, order = in_lists(np.concatenate(latents), np.concatenate(lists), lists_of(quantizer))
         x.tofile(folder / "vectors.f32")
         offsets.tofile(folder / "offsets.i64")
         np.stack([files[order], rows[order]]).astype(np.int32).tofile(folder / "members.i32")
         write_rows(tables, order, offsets, folder, self.rows)
         told = {"names": list(self.names), "mapped": each.tolist(), "squares": squares, "dimensions": space.n_latent}
         (folder / "segment.json").write_text(json.dumps(told))
+
+    def _quantizer(self) -> Quantizer | None:
+        return cached(self.folder, self.quantizer) if self.quantizer else None
 
     def _lists(self, quantizer: Quantizer | None, name: str, latent: FloatArray) -> tuple[IntArray, float]:
         """Lists of a file's cells, as their worker assigned them or now; and the summed squared distances."""
@@ -183,41 +184,15 @@ def in_lists(latent: FloatArray, lists: IntArray, count: int) -> tuple[FloatArra
     return x, offsets, order
 
 
+def lists_of(quantizer: Quantizer | None) -> int:
+    """Lists of each segment: one in an exact index."""
+    return len(quantizer.centroids) if quantizer else 1
+
+
 def rows_key(snapshot: Snapshot) -> str:
     """Digest of what decides the rows of a version's cells, besides the files: columns, and derived sets."""
     derived = {name: one.told() for name, one in snapshot.derived.items()}
     return digest("rows", FORMAT, [f"{field.name}: {field.type}" for field in snapshot.schema], derived)[:16]
-
-
-def told_of(folder: Path) -> dict[str, Any]:
-    """What a segment says of itself: names and mapped cells of its files, summed squared distances.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it was just removed.
-    """
-    found: dict[str, Any] = json.loads((folder / "segment.json").read_text())
-    return found
-
-
-def link(old: Path, new: Path, rows: str) -> bool:
-    """Link a segment's files into another index; whether its rows are among them.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the segment was just removed.
-    """
-    new.mkdir(exist_ok=True)
-    for name in _VECTORS:
-        os.link(old / name, new / name)
-    wanted = [f"rows-{rows}.arrow", f"counts-{rows}.arrow"]
-    if not all((old / name).exists() for name in wanted):
-        return False
-    for name in wanted:
-        os.link(old / name, new / name)
-    return True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,18 +230,29 @@ class Segment:
     dimensions: int
 
     @classmethod
-    def open(cls, part: Part, folder: Path, *, rows: bool = True) -> Self:
+    def open(cls, part: Part, folder: Path, lists: int, *, rows: bool = True) -> Self:
         """Map a segment into memory.
+
+        Parameters
+        ----------
+        part
+            As the manifest has it.
+        folder
+            Of the segment.
+        lists
+            That its vectors are in.
+        rows
+            Whether rows are opened, too.
 
         Raises
         ------
         FileNotFoundError
-            If it is not there.
+            If it is not there, or not whole.
         """
-        told = told_of(folder)
+        told = require_vectors(folder, lists)
         members = _mapped(folder / "members.i32", np.int32)
         half = len(members) // 2
-        nothing = pa.table({})
+        table, counts = require_rows(folder, part.rows, half) if rows else (pa.table({}), pa.table({}))
         return cls(
             _mapped(folder / "vectors.f32", np.float32),
             _mapped(folder / "offsets.i64", np.int64),
@@ -275,8 +261,8 @@ class Segment:
             np.array(part.bases, np.int64),
             np.array(told["mapped"], np.int64),
             told["squares"],
-            open_table(folder / f"rows-{part.rows}.arrow") if rows else nothing,
-            open_table(folder / f"counts-{part.rows}.arrow") if rows else nothing,
+            table,
+            counts,
             told["dimensions"],
         )
 

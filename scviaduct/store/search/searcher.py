@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -17,6 +18,8 @@ from scviaduct.store.search.slices import Slice
 from scviaduct.store.where import parse_where
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from scviaduct.store.index import Index
     from scviaduct.store.space import Space
     from scviaduct.values import FloatArray, LongArray
@@ -32,6 +35,10 @@ _SAMPLE = 8, 64
 """Queries of a filtered search, at least and at most, that are searched exactly, to choose how much is probed."""
 _SELECTED_RECALL = 0.995
 """Recall of these, which are few, so that that of all is .99."""
+_QUERIES = 4096
+"""Queries that are planned and probed at a time: a condition may ask for all lists of each, 0.5 GB at 16,384 lists."""
+_PLANS = 64
+"""Conditions whose selected cells of each list are kept."""
 
 
 type _Lists = tuple[LongArray, LongArray]
@@ -74,7 +81,7 @@ class Searcher:
         self._slices = slices or Here(Slice(index))
         self._coarse = Coarse.of(index.quantizer.centroids) if index.quantizer else None
         self._sizes: LongArray = np.sum(self._slices.call("sizes"), axis=0)
-        self._plans: dict[str, LongArray] = {}
+        self._plans: OrderedDict[str, LongArray] = OrderedDict()
 
     @classmethod
     def open(cls, space: Space, as_of: int | None = None, threads: int | None = None) -> Self:
@@ -164,10 +171,10 @@ class Searcher:
             method = "exact" if where is None else "exact on the selected cells"
             return Answer(self._exact(latent, wanted, where), method, 1.0, "", candidates)
         if where is None or counts is None:
-            found = self._probe(latent, wanted, None, self._plan(latent, k))
+            found = self._in_parts(latent, wanted, None, lambda part: self._plan(part, k))
             return Answer(found, "IVF-Flat", manifest.recall, f"{manifest.sample} of the index's cells", candidates)
         more, recall, sample = self._widen(latent, wanted, where, counts)
-        found = self._probe(latent, wanted, where, self._plan_selected(latent, k, counts, more))
+        found = self._in_parts(latent, wanted, where, lambda part: self._plan_selected(part, k, counts, more))
         return Answer(found, "IVF-Flat", recall, f"{sample} of these queries, with this condition", candidates)
 
     def compares_all(self, queries: int, selected: int, k: int) -> bool:
@@ -190,13 +197,22 @@ class Searcher:
 
     def _counts(self, where: str) -> LongArray:
         """Selected cells of each list."""
-        if where not in self._plans:
+        counts = self._plans.pop(where, None)
+        if counts is None:
             self._parse(where)
-            self._plans[where] = np.sum(self._slices.call("count", where), axis=0)
-        return self._plans[where]
+            counts = np.sum(self._slices.call("count", where), axis=0)
+        self._plans[where] = counts
+        while len(self._plans) > _PLANS:
+            self._plans.popitem(last=False)
+        return counts
 
     def _exact(self, latent: FloatArray, k: int, where: str | None) -> Found:
         return Found.merged(self._slices.call("exact", latent, k, where), k)
+
+    def _in_parts(self, latent: FloatArray, k: int, where: str | None, plan: Callable[[FloatArray], _Lists]) -> Found:
+        """Plan and search for some queries at a time."""
+        parts = [latent[start : start + _QUERIES] for start in range(0, max(1, len(latent)), _QUERIES)]
+        return Found.stacked([self._probe(part, k, where, plan(part)) for part in parts])
 
     def _probe(self, latent: FloatArray, k: int, where: str | None, plan: _Lists) -> Found:
         """Search lists; a query whose lists held too few selected cells is compared with all of them."""

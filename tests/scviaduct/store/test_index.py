@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from scviaduct.errors import StoreError
-from scviaduct.store.index import IVF_FROM, Index, building, ensure_index, manifest_of
+from scviaduct.store.index import IVF_FROM, Index, building, ensure_index, manifest, manifest_of
 from scviaduct.store.index import rows as rows_module
 from scviaduct.store.search import Queries, Searcher, search, stored_queries
 from tests.scviaduct.store.synthetic import DIGEST, Lab, Store
@@ -105,12 +106,12 @@ def test_neighbours_are_found(atlas, monkeypatch, where, planned):
 
 def test_the_index_knows_how_good_it_is(atlas):
     lab, *_ = atlas
-    manifest = ensure_index(lab.space).manifest
-    assert manifest == manifest_of(lab.space)
-    assert (manifest.cells, manifest.dimensions, manifest.version) == (CELLS - 2, WIDTH, lab.space.head())
-    assert manifest.cells >= IVF_FROM
-    assert 0.99 <= manifest.recall <= 1
-    assert 1 <= manifest.probes < manifest.lists
+    told = ensure_index(lab.space).manifest
+    assert told == manifest_of(lab.space)
+    assert (told.cells, told.dimensions, told.version) == (CELLS - 2, WIDTH, lab.space.head())
+    assert told.cells >= IVF_FROM
+    assert 0.99 <= told.recall <= 1
+    assert 1 <= told.probes < told.lists
 
 
 def test_a_list_that_is_too_short_is_made_up(atlas):
@@ -205,13 +206,75 @@ def test_an_index_that_is_removed_while_it_is_opened(lab, monkeypatch, missing):
     assert folders(lab) == ["1"]
 
 
-def test_an_index_without_one_of_its_files(lab):
+BROKEN = {
+    "missing": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-8]),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("linked", [False, True], ids=["opened", "linked from"])
+def test_files_that_a_crash_cut_off_are_built_anew(lab, monkeypatch, how, linked):
+    """None of them is searched, handed on to the next version's index, or keeps units from being staged."""
+    monkeypatch.setattr(building, "IVF_FROM", 1)
+    names = ["manifest.json", "centroids-*.npy", "centroids-*.json"]
+    names += [f"*/{name}" for name in ("vectors.f32", "offsets.i64", "members.i32", "segment.json")]
+    names += ["*/rows-*.arrow", "*/counts-*.arrow"]
+    lab.put(range(50))
+    for number, name in enumerate(names):
+        version = ensure_index(lab.space).manifest.version
+        for file in (lab.space.path / "index" / f"{version}").glob(name):
+            BROKEN[how](file)
+        rows = 50
+        if linked:
+            lab.put([50], stamp=number)
+            rows = 51
+        manifest_of(lab.space)
+        assert found_ids(lab) == {f"c{row}" for row in range(rows)}, name
+
+
+def test_a_broken_index_that_cannot_be_removed_is_told(lab, monkeypatch):
     lab.put(range(3))
     found_ids(lab)
     (rows,) = (lab.space.path / "index" / "1").glob("*/rows-*.arrow")
     rows.unlink()
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(manifest, "_aside", refuse)
     with pytest.raises(StoreError, match=r"index of version 1 misses a file .*rows-.*\.arrow.* Remove '.*/index/1'"):
         found_ids(lab)
+    with pytest.raises(StoreError, match=r"index '.*/index/1' cannot be replaced .*not permitted"):
+        ensure_index(lab.space, rebuild=True)
+
+
+def test_a_rebuild_replaces_what_another_builds_meanwhile(lab, monkeypatch):
+    lab.put(range(3))
+    folder = lab.space.path / "index" / "1"
+    first = ensure_index(lab.space) and (folder / "manifest.json").stat().st_ino
+    renaming, others = os.rename, []
+
+    def rename(made, place):
+        if place == folder and not others:
+            others.append(place)
+            ensure_index(lab.space)  # finds nothing there, and builds
+            others.append((folder / "manifest.json").stat().st_ino)
+        renaming(made, place)
+
+    monkeypatch.setattr(os, "rename", rename)
+    mine, flush = [], manifest.flush
+
+    def noted(made):
+        mine.append((made / "manifest.json").stat().st_ino)
+        flush(made)
+
+    monkeypatch.setattr(manifest, "flush", noted)
+    ensure_index(lab.space, rebuild=True)
+    assert (folder / "manifest.json").stat().st_ino == mine[0]
+    assert len({first, others[1], mine[0]}) == 3
+    assert folders(lab) == ["1"]
 
 
 def test_text_that_repeats_is_stored_once(lab, monkeypatch):

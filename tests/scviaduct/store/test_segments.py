@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -40,7 +44,7 @@ def space(tmp_path, monkeypatch):
     lab = Lab(store, store.create_space("atlas", DIGEST, WIDTH, ("type 0",)))
     lab.latent = latents(CELLS)
 
-    def put(start, stop, *, stamp=0, latent=None, unmapped=()):
+    def put(start, stop, *, stamp=0, latent=None, unmapped=(), builder=None):
         wide = lab.latent if latent is None else latent
         done = [
             lab.stage(
@@ -54,7 +58,7 @@ def space(tmp_path, monkeypatch):
             for at in range(start, stop, UNIT)
         ]
         lab.commit(*done, run=f"{stamp:02x}{start:04x}", kept=KEPT)
-        return ensure_index(lab.space)
+        return ensure_index(lab.space, builder=builder)
 
     lab.cells = put
     return lab
@@ -138,6 +142,68 @@ def test_small_segments_are_put_together(space, monkeypatch):
     index = ensure_index(space.space)
     np.testing.assert_array_equal(index.vectors, space.latent)
     assert index.rows["observation_id"].to_pylist() == [f"c{row}" for row in range(CELLS)]
+
+
+def test_what_is_put_together_is_not_cut_for_the_workers_again(space, monkeypatch):
+    monkeypatch.setattr(building, "SEGMENTS", 2)
+    many = building.Builder(workers=4)
+    space.cells(0, 1_800, builder=many)
+    written, run = [], Task.run
+    monkeypatch.setattr(Task, "run", lambda task: (written.append(len(task.names)), run(task))[1])
+    units, segments = [], []
+    for at in range(1_800, CELLS, UNIT):
+        written.clear()
+        segments.append(len(space.cells(at, at + UNIT, stamp=at, builder=many).segments))
+        units.append(sum(written))
+    assert segments == [4, 3, 4, 3]
+    assert units == [1, 4, 1, 4]
+
+
+def test_small_segments_are_put_together_beside_many_new_cells(space, monkeypatch):
+    monkeypatch.setattr(building, "SEGMENTS", 2)
+    bounds = (0, 900, 1_200, 1_500, CELLS)
+    for start, stop in pairwise(bounds):
+        index = space.cells(start, stop, stamp=start, builder=building.Builder(workers=3))
+    assert sorted(len(part.bases) for part in index.manifest.parts) == [1, 2, 2, 2, 3]
+    np.testing.assert_array_equal(index.vectors, space.latent)
+
+
+def test_segments_are_copied_where_links_are_refused(space, monkeypatch):
+    before = inodes(space.cells(0, 2_100), space)
+
+    linking = os.link
+
+    def refuse(old, new):
+        if "index" in old.parts:
+            raise PermissionError(1, "Operation not permitted")  # as fs.protected_hardlinks does
+        linking(old, new)
+
+    monkeypatch.setattr(os, "link", refuse)
+    index = space.cells(2_100, CELLS)
+    assert len(index.segments) == 2
+    assert before.keys() <= inodes(index, space).keys()
+    assert set(before.values()).isdisjoint(inodes(index, space).values())
+    np.testing.assert_array_equal(index.vectors, space.latent)
+
+
+def test_lists_that_were_not_written_whole_are_assigned_by_the_build(space, monkeypatch):
+    """A unit is staged whatever becomes of them."""
+    space.cells(0, 1_200)
+    build = building.ensure_index
+    for path, (start, stop) in {"emptied": (1_200, 1_500), "refused": (1_500, 1_800)}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "ensure_index", lambda *_, **__: None)
+            if path == "refused":
+                patch.setattr("scviaduct.store.index.assigned.np.savez", lambda *_, **__: _no_space())
+            space.cells(start, stop)
+        for file in (space.space.path / "lists").rglob("*.npz"):
+            file.write_bytes(b"" if path == "emptied" else file.read_bytes()[:100])
+        assert not list((space.space.path / "lists").rglob(".*"))
+        np.testing.assert_array_equal(build(space.space).vectors, space.latent[:stop])
+
+
+def _no_space():
+    raise OSError(28, "No space left on device")
 
 
 def test_a_derived_column_writes_rows_and_no_vectors(space, monkeypatch):
@@ -285,6 +351,20 @@ def test_counts_bound_what_is_selected(space, where):
     assert ids == {
         row for table in space.space.read(["observation_id"], where) for row in table["observation_id"].to_pylist()
     }
+
+
+@pytest.mark.parametrize("where", [None, "primary"])
+def test_queries_are_probed_in_parts(space, monkeypatch, where):
+    space.cells(0, CELLS)
+    monkeypatch.setattr(Searcher, "compares_all", lambda *_: False)
+    whole = space.space.searcher().search(asked(space), 20, where)
+    monkeypatch.setattr("scviaduct.store.search.searcher._QUERIES", 7)
+    monkeypatch.setattr("scviaduct.store.search.searcher._PLANS", 2)
+    searcher = space.space.searcher()
+    assert searcher.search(asked(space), 20, where) == whole
+    for value in range(4):
+        searcher.search(asked(space), 3, f"depth < 0.{value}1")
+    assert list(searcher._plans) == ["depth < 0.21", "depth < 0.31"]
 
 
 @pytest.mark.parametrize("queries", [1, 80])
