@@ -21,6 +21,8 @@ from scviaduct.sources import open_source
 from scviaduct.sources.uri import parse
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pipelines.progress import Reporter
     from scviaduct.landing import LandingPlan, Manifest, Piece, PieceJob
     from scviaduct.landing.writing import Landed
@@ -84,8 +86,9 @@ def land(
         plan = plan_landing(opened, piece_cells or (there.piece_cells if there else SHARD_CELLS))
         scanned = time.monotonic()
         if dry_run:
-            return _foreseen(landing, plan, began)
+            return _foreseen(landing, plan, began, prune=prune)
         with landing.writing():
+            _require_unchanged(landing, there, opened.uri)
             run = LandingRun(landing, plan, progress)
             run.inline() if engine == "inline" else run.on_ray(address, readers)
             seconds = {"scan": round(scanned - began, 3), "land": round(time.monotonic() - scanned, 3)}
@@ -230,19 +233,19 @@ def _pruned(landing: Landing, *, asked: bool, dry_run: bool) -> LandResult:
     )
 
 
-def _foreseen(landing: Landing, plan: LandingPlan, began: float) -> LandResult:
+def _foreseen(landing: Landing, plan: LandingPlan, began: float, *, prune: bool) -> LandResult:
     """What landing would do."""
     there = plan.recalled(landing)
-    left = [job for jobs in plan.jobs for job in jobs if job not in there]
-    reused = foreseen(landing, left)
-    todo = [job for job in left if job not in reused]
+    left = foreseen(landing, [job for jobs in plan.jobs for job in jobs if job not in there])
+    todo = [job for job, piece in left.items() if not piece.counts_digest]
     about = int(bytes_a_cell(todo) * sum(job.shard.cells for job in todo)) if todo else 0
     return LandResult(
         state="planned",
         **_named(landing, plan),
         written=len(todo),
-        reused=len(there) + len(reused),
+        reused=len(there) + len(left) - len(todo),
         nbytes=about,
+        pruned=prune_landing(landing, plan.finished(there | left), dry_run=True) if prune else None,
         seconds={"scan": round(time.monotonic() - began, 3)},
     )
 
@@ -255,10 +258,17 @@ def require_same(landing: Landing, there: Manifest | None, uri: str) -> None:
         )
 
 
-def _place(uri: str) -> tuple[str | bool | None, ...]:
-    """What stays when a source comes out in another version."""
+def _require_unchanged(landing: Landing, there: Manifest | None, uri: str) -> None:
+    """Refuse to go on if another process landed between the first look at a folder and its lock."""
+    now = landing.manifest() if landing.is_there else None
+    if now != there:
+        require_same(landing, now, uri)
+        raise InputError(f"{landing.path} was landed into meanwhile.", "Run the same command again.")
+
+
+def _place(uri: str) -> tuple[str, str, Mapping[str, str]]:
+    """What stays when a source comes out in another version: where it is, and all that chooses cells or values."""
     address = parse(uri)
-    told = address.parameters
-    where = told.get("organism") if address.scheme == "census" else address.location
-    names = ("filter", "var_filter", "measurement")
-    return address.scheme, where, address.keeps_duplicates, *(told.get(name) for name in names)
+    # A release of a Census is its version, wherever the collection lies.
+    where, varies = ("", ("version", "uri")) if address.scheme == "census" else (address.location, ("version",))
+    return address.scheme, where, {name: told for name, told in address.parameters.items() if name not in varies}

@@ -58,6 +58,26 @@ class Beside:
         return replace(result, written=result.written + new, reused=result.reused - new)
 
 
+def require_place(out: str | None, source: Source, piece_cells: int) -> None:
+    """Refuse a folder that a run cannot land its source into; None is none to look at.
+
+    Raises
+    ------
+    InputError
+        If it holds another source, other pieces, or something else.
+    """
+    if out is None:
+        return
+    landing = Landing.at(out)
+    there = landing.manifest() if landing.is_there else None
+    require_same(landing, there, source.uri)
+    if there and there.piece_cells != piece_cells:
+        raise InputError(
+            f"{landing.path} has pieces of {there.piece_cells} cells, and the run has shards of {piece_cells}.",
+            f"Cut them alike, --shard-cells {there.piece_cells}, or land into another folder.",
+        )
+
+
 @contextmanager
 def landing_beside(
     out: str | None, source: Source, scan: Scan, piece_cells: int, progress: Reporter
@@ -73,12 +93,6 @@ def landing_beside(
         yield None
         return
     landing = Landing.at(out)
-    there = landing.manifest() if landing.is_there else None
-    require_same(landing, there, source.uri)
-    if there and there.piece_cells != piece_cells:
-        raise InputError(
-            f"{landing.path} has pieces of {there.piece_cells} cells, and the run has shards of {piece_cells}.",
-            f"Cut them alike, --shard-cells {there.piece_cells}, or land into another folder.",
-        )
     with landing.writing():
+        require_place(out, source, piece_cells)  # inside, so that nobody lands between the look and the lock
         yield Beside(landing, plan_landing(source, piece_cells, scan), progress)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cluster.connect import connect, require_answer
 from pipelines.jobs import SHARD_CELLS
-from pipelines.landing_alongside import landing_beside
+from pipelines.landing_alongside import landing_beside, require_place
 from pipelines.progress import reporter
 from pipelines.query import Asked, Query, batches_of_query, scan_query, told_surgery
 from pipelines.results import Clock, MapResult, MapResults, Told
@@ -153,6 +153,7 @@ def map(  # type: ignore[misc]  # noqa: A001
     with reporter(quiet=quiet) as progress, open_source(source) as opened:
         queries = _queries(opened, asked, settings, keep_obs, shard_cells, accept, clock)
         if dry_run:
+            require_place(land, opened, shard_cells)
             results, landed = [_planned(query, store, clock) for query in queries], None
         else:
             on = (address, actors, readers, gpus_per_actor)

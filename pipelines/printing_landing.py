@@ -41,7 +41,7 @@ def _line(result: LandResult) -> str:
     new = f"{result.written:,} written, {result.reused:,} reused"
     unread = len(result.unreadable)
     match result.state:
-        case "planned" if result.pruned is None:
+        case "planned" if result.written or result.reused:
             return f"{held}: {result.written:,} to write (about {_size(result.nbytes)}), {result.reused:,} reused."
         case "nothing to do":
             return f"Nothing to do: {result.landing} holds version {result.version} ({held}, {_size(result.nbytes)})."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from scviaduct.errors import ScviaductError
 from scviaduct.landing.writing import PieceJob, land_block, recall, table_source
 from scviaduct.sources.counts import GeneTarget
 from scviaduct.sources.source import KEY_COLUMN
@@ -39,13 +40,18 @@ class Alongside:
         """What :meth:`scviaduct.sources.source.Source.read` gives.
 
         All genes and obs columns of the shard are read once, and its block in all genes is held beside the one that is
-        handed on: 8 bytes a count.
+        handed on: 8 bytes a count. Where that, or the writing of the piece, fails, what was asked for is read alone.
         """
         source = table_source(shard)
         if recall(self.landing, self.job):
             return source.read(shard, gene_map, n_genes, columns)
-        whole = source.read(shard, columns=self.job.columns)
-        land_block(self.landing, self.job, whole)
+        try:
+            whole = source.read(shard, columns=self.job.columns)
+            land_block(self.landing, self.job, whole)
+        except (ScviaductError, OSError):
+            # Cells that can be mapped are mapped, though a column that the mapping does not read is damaged or the
+            # landing's disk is full. The piece stays open: whoever ends the landing tries it again and says why not.
+            return source.read(shard, gene_map, n_genes, columns)
         target = GeneTarget.of(whole.n_genes, gene_map, n_genes, None)
         rows = target.align(whole.indptr, whole.indices, whole.data)
         obs = whole.obs.select([KEY_COLUMN, *dict.fromkeys(columns)])

@@ -164,7 +164,8 @@ def _write_arrays(folder: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
         group = zarr.create_group(str(folder))
         for name, values in arrays.items():
             chunk = min(CHUNK, max(1, len(values)))
-            # All chunks are written, also those of zeros: what is not there is damage, never a value.
+            # What is not there is damage, never a value. zarrs 0.2.3 leaves a shard of nothing but the fill value out,
+            # whatever write_empty_chunks says: the fill value is one that the first value is not.
             array = group.create_array(
                 name,
                 shape=values.shape,
@@ -172,6 +173,7 @@ def _write_arrays(folder: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
                 chunks=(chunk,),
                 shards=(max(1, -(-len(values) // chunk)) * chunk,),
                 compressors=[_compressor(values.dtype), Crc32cCodec()],
+                fill_value=int(len(values) > 0 and values[0] == 0),
                 config={"write_empty_chunks": True},
             )
             array[:] = values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,3 +137,17 @@ class Landing:
             raise InputError(
                 f"Another process is landing into {self.path}.", "Wait for it; it goes on where it was if you end it."
             ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; a folder under its name is whole or gone, also if this is killed.
+
+    What is left then has a name with a leading dot, and goes when the landing is pruned.
+    """
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    aside = path
+    if not path.name.startswith("."):
+        aside = path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
+    shutil.rmtree(aside)

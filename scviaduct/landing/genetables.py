@@ -47,15 +47,19 @@ def read_genes(file: Path, address: str) -> GeneTable:
     UnreadableError
         If the file is not there or is not of that address.
     """
-    with reading(str(file)):
-        held = pq.read_table(file, partitioning=None)
+    remedy = damaged(file, file.parents[1])
+    try:
+        with reading(str(file)):
+            held = pq.read_table(file, partitioning=None)
+    except UnreadableError as error:
+        raise UnreadableError(error.problem, remedy) from error.__cause__
     columns = {
         name.removeprefix(_COLUMN): tuple(held[name].to_pylist()) for name in held.column_names if name != _MODALITY
     }
     modality = tuple(held[_MODALITY].to_pylist()) if _MODALITY in held.column_names else ()
     table = GeneTable(columns, modality)
     if address_of(table) != address:
-        raise UnreadableError(f"{file} is not the gene table that was landed.", damaged(file, file.parents[1]))
+        raise UnreadableError(f"{file} is not the gene table that was landed.", remedy)
     return table
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from scviaduct import __version__
-from scviaduct.errors import SourceError
+from scviaduct.errors import DataError, SourceChangedError, SourceError
 from scviaduct.landing.cells import write_cells
-from scviaduct.landing.counts import RECORD, write_counts
+from scviaduct.landing.counts import write_counts
 from scviaduct.landing.genetables import address_of, keep_genes
-from scviaduct.landing.manifest import Manifest, Part
-from scviaduct.landing.writing import Lineage, PieceJob, recall, table_source
+from scviaduct.landing.manifest import Manifest, Part, Piece
+from scviaduct.landing.writing import Lineage, PieceJob, counts_there, recall, table_source
 from scviaduct.sources.counts import Rows
 from scviaduct.sources.source import KEY_COLUMN
 from scviaduct.sources.uri import parse
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from scviaduct.landing.folder import Landing
-    from scviaduct.landing.manifest import Piece
     from scviaduct.sources import Source
     from scviaduct.sources.source import TableSource
     from scviaduct.values import GeneTable, Scan, Shard
@@ -164,12 +163,15 @@ def _columns(opened: TableSource, shard: Shard) -> tuple[dict[str, str], dict[st
     left_out = {name: "it has the name of a block's cell key" for name in opened.obs_columns() if name == KEY_COLUMN}
     try:
         return _types(opened.select(shard, wanted, limit=1)[1]), left_out
-    except SourceError:
+    except SourceChangedError:
+        raise
+    except (SourceError, DataError):
+        opened.select(shard, limit=1)  # raises where it is no column, but the cells that cannot be read
         kept: dict[str, str] = {}
         for name in wanted:
             try:
                 kept |= _types(opened.select(shard, [name], limit=1)[1])
-            except SourceError as error:
+            except (SourceError, DataError) as error:
                 left_out[name] = error.problem
         return kept, left_out
 
@@ -182,16 +184,28 @@ def _types(obs: pa.Table) -> dict[str, str]:
     return {name: names[kind] for name, kind in plain.items() if name != KEY_COLUMN}
 
 
-def foreseen(landing: Landing, jobs: Sequence[PieceJob]) -> frozenset[PieceJob]:
-    """Jobs whose counts are there already, as those of an unchanged dataset are; reads the cells of the others."""
-    found = set()
-    for job in jobs:
-        if job.lineage and landing.is_there:
-            _, obs = table_source(job.shard).select(job.shard, job.counted)
-            address = job.counts_address(obs[KEY_COLUMN], obs)
-            if (landing.counts_folder(address) / RECORD).is_file():
-                found.add(job)
-    return frozenset(found)
+def foreseen(landing: Landing, jobs: Sequence[PieceJob]) -> dict[PieceJob, Piece]:
+    """The piece of each job as far as it is known; sealed if its counts are there, as an unchanged dataset's are.
+
+    Reads the cells of jobs that have a lineage.
+    """
+    return {job: _foreseen(landing, job) for job in jobs}
+
+
+def _foreseen(landing: Landing, job: PieceJob) -> Piece:
+    shard = job.shard
+    piece = Piece(
+        shard.dataset_id, shard.start, shard.stop, shard.cells, shard.rows_digest, job.obs_address, "", genes=job.genes
+    )
+    if not landing.is_there:
+        return piece
+    keys, obs = pa.array([], pa.string()), pa.table({})
+    if job.lineage:
+        _, obs = table_source(shard).select(shard, job.counted)
+        keys = obs[KEY_COLUMN]
+    address = job.counts_address(keys, obs)
+    held = counts_there(landing, job, address)
+    return replace(piece, counts=address, counts_digest=held.seal, genes=held.genes) if held else piece
 
 
 def bytes_a_cell(jobs: Sequence[PieceJob]) -> float:
@@ -201,7 +215,10 @@ def bytes_a_cell(jobs: Sequence[PieceJob]) -> float:
     folder = Path(tempfile.mkdtemp(prefix="scviaduct-"))
     try:
         for number, job in enumerate(sampled):
-            block = table_source(job.shard).read(job.shard, columns=job.columns, limit=_SAMPLE_CELLS)
+            try:
+                block = table_source(job.shard).read(job.shard, columns=job.columns, limit=_SAMPLE_CELLS)
+            except DataError:  # the piece is landed without its counts, or reported; the others say what it would take
+                continue
             held = write_counts(
                 folder / f"{number}", Rows(block.indptr, block.indices, block.data), job.n_genes, job.genes
             )

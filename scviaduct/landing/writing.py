@@ -13,6 +13,7 @@ from scviaduct import faults
 from scviaduct.errors import DataError
 from scviaduct.landing.cells import write_cells
 from scviaduct.landing.counts import RECORD, read_record, write_counts
+from scviaduct.landing.folder import remove
 from scviaduct.landing.manifest import FORMAT, Piece
 from scviaduct.sources import open_shard
 from scviaduct.sources.counts import GeneTarget, Rows, assemble
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from scviaduct.landing.counts import CountsRecord
     from scviaduct.landing.folder import Landing
     from scviaduct.values import CellBlock, LongArray, Shard
 
@@ -133,6 +135,19 @@ def recall(landing: Landing, job: PieceJob) -> Piece | None:
     return _piece(landing, job, **told)
 
 
+def counts_there(landing: Landing, job: PieceJob, address: str) -> CountsRecord | None:
+    """What is known of counts that are there, with the gene table that they are numbered by.
+
+    A job's own gene table is written before its piece (:meth:`~scviaduct.landing.planning.LandingPlan.begin`); that of
+    an earlier release is in no source any more, and counts that have lost it are landed again.
+    """
+    folder = landing.counts_folder(address)
+    if not address or not (folder / RECORD).is_file():
+        return None
+    held = read_record(folder)
+    return held if held.genes == job.genes or landing.genes_file(held.genes).is_file() else None
+
+
 def land_piece(landing: Landing, job: PieceJob) -> Landed:
     """Land a shard; what is there already is neither read nor written.
 
@@ -150,7 +165,7 @@ def land_piece(landing: Landing, job: PieceJob) -> Landed:
     source = table_source(job.shard)
     rows, obs = tried(lambda: source.select(job.shard, job.columns))
     address = job.counts_address(obs[KEY_COLUMN], obs)
-    if (landing.counts_folder(address) / RECORD).is_file():
+    if counts_there(landing, job, address):
         return Landed(_complete(landing, job, rows, obs, address), counts_written=False)
     target = GeneTarget.of(job.n_genes, None, None, source.absent_genes)
 
@@ -172,7 +187,7 @@ def land_block(landing: Landing, job: PieceJob, block: CellBlock) -> Landed:
     if there := recall(landing, job):
         return Landed(there, counts_written=False)
     address = job.counts_address(block.obs[KEY_COLUMN], block.obs)
-    if (landing.counts_folder(address) / RECORD).is_file():
+    if counts_there(landing, job, address):
         return Landed(_complete(landing, job, block.rows, block.obs, address), counts_written=False)
     counts = Rows(block.indptr, block.indices, block.data)
     return Landed(_keep(landing, job, block.rows, block.obs, counts), counts_written=True)
@@ -200,15 +215,17 @@ def tried[T](read: Callable[[], T]) -> T:
 
 def _keep(landing: Landing, job: PieceJob, rows: LongArray, obs: pa.Table, counts: Rows) -> Piece:
     address = job.counts_address(obs[KEY_COLUMN], obs)
-    write_counts(landing.counts_folder(address), counts, job.n_genes, job.genes)
+    folder = landing.counts_folder(address)
+    if folder.exists() and not counts_there(landing, job, address):
+        remove(folder)  # half removed, or without its gene table: it would stay in the place of what is whole
+    write_counts(folder, counts, job.n_genes, job.genes)
     faults.point("piece-written")
     return _complete(landing, job, rows, obs, address)
 
 
 def _complete(landing: Landing, job: PieceJob, rows: LongArray, obs: pa.Table, address: str) -> Piece:
     """Write the cells, and the record that makes the piece complete."""
-    file = landing.obs_file(job.obs_address)
-    told = asdict(_Cells(*write_cells(file, rows, obs[KEY_COLUMN].combine_chunks(), obs.drop([KEY_COLUMN])), address))
+    told = asdict(_Cells(*_write_cells(landing, job, rows, obs), address))
     write_once(landing.obs_record(job.obs_address), told)
     piece = _piece(landing, job, **told)
     if piece is None:
@@ -218,10 +235,17 @@ def _complete(landing: Landing, job: PieceJob, rows: LongArray, obs: pa.Table, a
 
 def _unreadable(landing: Landing, job: PieceJob, rows: LongArray, obs: pa.Table, error: Exception) -> Piece:
     """A piece of cells alone, without a record, so that the next run tries again."""
-    file = landing.obs_file(job.obs_address)
-    held, nbytes = write_cells(file, rows, obs[KEY_COLUMN].combine_chunks(), obs.drop([KEY_COLUMN]))
+    held, nbytes = _write_cells(landing, job, rows, obs)
     reason = f"{type(error).__name__}: {error}"
     return Piece(*_placed(job.shard), job.obs_address, held, nbytes=nbytes, genes=job.genes, reason=reason)
+
+
+def _write_cells(landing: Landing, job: PieceJob, rows: LongArray, obs: pa.Table) -> tuple[str, int]:
+    """Write the cells; digest and size of their file."""
+    # The record of a file that is written anew is of other bytes, if another version of pyarrow writes it.
+    landing.obs_record(job.obs_address).unlink(missing_ok=True)
+    file = landing.obs_file(job.obs_address)
+    return write_cells(file, rows, obs[KEY_COLUMN].combine_chunks(), obs.drop([KEY_COLUMN]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +258,9 @@ class _Cells:
 
 
 def _piece(landing: Landing, job: PieceJob, obs_digest: str, obs_bytes: int, counts: str) -> Piece | None:
-    folder = landing.counts_folder(counts)
-    if not (folder / RECORD).is_file():
+    held = counts_there(landing, job, counts)
+    if held is None:
         return None
-    held = read_record(folder)
     return Piece(
         *_placed(job.shard),
         job.obs_address,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pipelines as sv
+import pipelines.landing as landing_pipeline
 from scviaduct.errors import InputError
 from scviaduct.landing import Landing
 from scviaduct.sources import close_shards, open_source
@@ -101,9 +102,12 @@ def test_nothing_to_do_dry_run_and_prune(landed, census):
     other = sv.land(census, out=str(landed), piece_cells=1000, engine="inline", dry_run=True, quiet=True)
     assert (other.state, other.written, other.reused) == ("planned", 4, 0)
     assert 0.5 < other.nbytes / again.nbytes < 2
+    asked = {"piece_cells": 1000, "prune": True, "dry_run": True, "quiet": True}
+    would_go = sv.land(census, out=str(landed), engine="inline", **asked).pruned
     close_shards()
     sv.land(census, out=str(landed), piece_cells=1000, engine="inline", quiet=True)
     foreseen = sv.land(out=str(landed), prune=True, dry_run=True).pruned
+    assert would_go == foreseen
     assert sv.land(out=str(landed), prune=True).pruned == foreseen
     assert foreseen.removed > 6
     with open_source(str(landed)) as source:
@@ -136,6 +140,8 @@ def test_counts_that_cannot_be_read_are_reported_and_quarantined_as_from_the_sou
     assert [item.unit.id for item in one.quarantined] == [item.unit.id for item in other.quarantined]
     assert "could not be read when they were landed" in other.quarantined[0].reason
     assert rows(tmp_path / "one").num_rows == rows(tmp_path / "other").num_rows
+    planned = sv.land(f"{torn}?layer=X", out=str(tmp_path / "new"), engine="inline", dry_run=True, quiet=True)
+    assert (planned.state, planned.nbytes) == ("planned", 0)  # its one piece, and only sample, cannot be read
     again = sv.land(f"{torn}?layer=X", out=str(out), engine="inline", quiet=True)
     assert (again.state, again.exit_status, again.written) == ("nothing to do", 4, 0)
 
@@ -161,3 +167,45 @@ def test_wrong_input_is_refused_before_any_work(landed, symphony, census, cli):
     told = cli("land", census)
     assert told.returncode == 2
     assert "--out" in told.stderr
+
+
+def test_another_key_layer_or_part_is_another_source(symphony, tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    adata = anndata.read_h5ad(symphony)[:40].copy()
+    adata.obs["barcode"] = [f"b{i}" for i in range(40)]
+    adata.layers["corrected"] = adata.X * 2
+    for name in ("one", "two"):
+        adata.write_h5ad(files / f"{name}.h5ad")
+    options = {"engine": "inline", "quiet": True}
+    one, out = files / "one.h5ad", str(tmp_path / "one")
+    sv.land(f"{one}?layer=X", out=out, **options)
+    for asked in ("layer=layers/corrected", "layer=X&key=barcode", "layer=X&dataset=batch"):
+        with pytest.raises(InputError, match="Name another folder"):
+            sv.land(f"{one}?{asked}", out=out, **options)
+    sv.land(f"{files}?layer=X", out=str(tmp_path / "both"), **options)
+    first, second = (f"{tmp_path / 'both'}?part=file://{files / name}" for name in ("one.h5ad", "two.h5ad"))
+    sv.land(first, out=str(tmp_path / "part"), **options)
+    with pytest.raises(InputError, match="Name another folder"):
+        sv.land(second, out=str(tmp_path / "part"), **options)
+
+
+def test_a_folder_that_is_landed_into_meanwhile_is_refused(symphony, census, tmp_path, monkeypatch):
+    out, plan = str(tmp_path / "landing"), landing_pipeline.plan_landing
+    options = {"out": out, "engine": "inline", "quiet": True}
+
+    def planned_while(other):
+        def run(opened, cells):
+            monkeypatch.setattr(landing_pipeline, "plan_landing", plan)
+            sv.land(other, **options, piece_cells=2000)
+            return plan(opened, cells)
+
+        monkeypatch.setattr(landing_pipeline, "plan_landing", run)
+
+    planned_while(str(symphony))
+    with pytest.raises(InputError, match="Name another folder"):
+        sv.land(census, **options)
+    planned_while(str(symphony))
+    (tmp_path / "landing" / "landing.json").unlink()
+    with pytest.raises(InputError, match=r"landed into meanwhile.*same command again"):
+        sv.land(str(symphony), **options)

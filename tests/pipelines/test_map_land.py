@@ -46,8 +46,9 @@ def test_what_was_mapped_before_is_landed_at_the_end(census, options, pbmc, tmp_
     second = sv.map(census, store=store, engine="inline", land=out, **options)
     assert (second.state, second.mapped_units) == ("nothing to do", 0)
     assert (second.landing.state, second.landing.written) == ("landed", first.units)
-    with pytest.raises(InputError, match="--shard-cells 600"):
-        sv.map(census, store=store, engine="inline", land=out, **{**options, "shard_cells": 500})
+    for dry_run in (False, True):
+        with pytest.raises(InputError, match="--shard-cells 600"):
+            sv.map(census, store=store, engine="inline", land=out, dry_run=dry_run, **{**options, "shard_cells": 500})
 
 
 def test_killed_amid_the_run_and_resumed(census, options, pbmc, cli, tmp_path):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import anndata
+import h5py
 import numpy as np
 import pytest
 
-from scviaduct.landing import Landing, plan_landing
+from scviaduct.errors import DataError
+from scviaduct.landing import Landing, land_piece, plan_landing
 from scviaduct.landing.alongside import Alongside
 from scviaduct.sources import open_shard, open_source
 
@@ -33,3 +38,29 @@ def test_reads_and_lands(source, symphony, census_collection, land, parity, scra
     other, _ = land(uri, tmp_path / "other", 400)
     assert landing.manifest() == other.manifest()
     parity(uri, landing.path, 333)
+
+
+def test_a_column_that_is_damaged_takes_no_cell_from_the_mapping(symphony, tmp_path):
+    path = tmp_path / "damaged.h5ad"
+    adata = anndata.read_h5ad(symphony)
+    adata.obs["score"] = np.arange(adata.n_obs, dtype=np.float64)
+    adata.write_h5ad(path, compression="gzip")
+    with h5py.File(path) as file:
+        info = file["obs/score"].id.get_chunk_info(0)
+    with path.open("r+b") as file:
+        file.seek(info.byte_offset)
+        file.write(b"\xff" * info.size)
+    landing = Landing.at(tmp_path / "landing")
+    with open_source(str(path)) as opened:
+        plan = plan_landing(opened, 400)
+    assert "score" in plan.manifest.parts[0].left_out["score"]
+    assert list(plan.manifest.parts[0].columns) == [name for name in adata.obs.columns if name != "score"]
+    # Damage that shows only amid the file: the column is to be kept, and the shard is landed later, or not.
+    job = plan.jobs[0][0]
+    job = replace(job, columns=(*job.columns, "score"))
+    block = Alongside(landing, job).read(job.shard, None, None, job.columns[:1])
+    plain = open_shard(job.shard).read(job.shard, columns=job.columns[:1])
+    np.testing.assert_array_equal(block.data, plain.data, strict=True)
+    assert block.obs.equals(plain.obs)
+    with pytest.raises(DataError, match="score"):
+        land_piece(landing, job)

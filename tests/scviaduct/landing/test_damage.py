@@ -9,7 +9,9 @@ import pytest
 
 from scviaduct.errors import DataError, InputError, SourceError
 from scviaduct.landing import Landing
+from scviaduct.landing import cells as landing_cells
 from scviaduct.landing.cells import read_cells
+from scviaduct.landing.pruning import prune
 from scviaduct.sources import open_source
 
 
@@ -80,7 +82,11 @@ def test_genes(landed, land, symphony):
     landing, _ = landed
     file = landing.genes_file(landing.manifest().parts[0].genes)
     flip(file, len(file.read_bytes()) // 3)
-    with open_source(str(landing.path)) as source, pytest.raises(SourceError, match="genes/"):
+    remedy = rf"Delete {file} and land again"
+    with open_source(str(landing.path)) as source, pytest.raises(SourceError, match=remedy):
+        source.genes()
+    file.write_bytes(b"x")
+    with open_source(str(landing.path)) as source, pytest.raises(SourceError, match=remedy):
         source.genes()
 
 
@@ -93,6 +99,45 @@ def test_landing_again_mends_what_was_taken_away(landed, land, parity, symphony)
     landing.genes_file(landing.manifest().parts[0].genes).unlink()
     assert land(symphony, landing.path, 500)[1] == 0
     parity(symphony, landing.path, 500)
+
+
+def test_cells_that_are_written_anew_have_the_digest_of_what_was_written(landed, land, parity, symphony, monkeypatch):
+    landing, _ = landed
+    landing.obs_file(landing.manifest().pieces[0].obs).unlink()
+    write = landing_cells.write_parquet
+
+    def by_another_version(table, file):
+        write(table, file)
+        flip(file, file.read_bytes().rindex(b"parquet-cpp-arrow version ") + 26)
+
+    monkeypatch.setattr(landing_cells, "write_parquet", by_another_version)
+    for _ in range(2):
+        assert land(symphony, landing.path, 500)[1] == 0
+        parity(symphony, landing.path, 500)
+
+
+def test_a_folder_that_was_half_removed_is_replaced(landed, land, parity, symphony):
+    landing, folders = landed
+    (folders[0] / "piece.json").unlink()
+    assert land(symphony, landing.path, 500)[1] == 1
+    parity(symphony, landing.path, 500)
+
+
+def test_pruning_that_was_interrupted_leaves_nothing_that_is_taken_for_a_piece(landed, land, symphony, monkeypatch):
+    landing, folders = landed
+    land(symphony, landing.path, 600)  # names none of the pieces that were there
+
+    def interrupted(folder):
+        (folder / "data" / "c" / "0").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("scviaduct.landing.folder.shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune(landing)
+    assert sum(folder.exists() for folder in folders) == len(folders) - 1
+    assert prune(landing).removed > 0
+    assert not list(landing.path.glob("*/*/.*"))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, symphony):

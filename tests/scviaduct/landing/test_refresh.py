@@ -154,6 +154,10 @@ def test_genes_of_a_release_in_another_order(release, land, parity, scrambled, c
     parity(new, landing.path, 400, columns=(), gene_map=gene_map, n_genes=n_genes)
     prune(landing)
     parity(new, landing.path, 400)
+    landing.genes_file(old).unlink()  # no source has it any more
+    _, written = land(new, tmp_path / "landing")
+    assert written == len(landing.manifest().pieces)
+    parity(new, landing.path, 400)
 
 
 def write_file(path, seed, cells=25):

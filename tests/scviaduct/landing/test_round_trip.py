@@ -155,6 +155,19 @@ def test_more_genes_than_16_bits_number_and_cells_without_counts(land, parity, t
     parity(tmp_path / "wide.h5ad", landing.path, 7)
 
 
+@pytest.mark.parametrize("alone", ["no gene", "the first gene"])
+def test_a_piece_whose_arrays_are_zeros(alone, land, parity, tmp_path):
+    """The last piece is of one droplet, which is empty, or has counts of the first gene alone."""
+    counts = np.ceil(np.random.default_rng(0).random((21, 5)) * 4).astype(np.float32)
+    counts[20] = 0 if alone == "no gene" else [3, 0, 0, 0, 0]
+    path = tmp_path / "droplets.h5ad"
+    obs = pd.DataFrame({"lot": "a"}, index=[f"c{i}" for i in range(21)])
+    anndata.AnnData(sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=list("ABCDE"))).write_h5ad(path)
+    landing, written = land(path, tmp_path / "landing", 20)
+    assert written == 2
+    parity(path, landing.path, 20)
+
+
 def test_pieces_of_many_chunks(land, parity, symphony, tmp_path, monkeypatch):
     """Slabs and runs that begin and end amid inner chunks."""
     monkeypatch.setattr("scviaduct.landing.counts.CHUNK", 1000)
