@@ -67,10 +67,12 @@ class Adapted:
         """
         batches, of = batches_of(block, self._reference, self._settings, decoder=self._fleet.decoder)
         new = [batch for batch in batches if batch not in self._codes]
-        for batch in new:
-            self._learn(batch, block)
-        if new:
-            self.encoder = self._own.extended(self._rows, self._columns)
+        try:
+            for batch in new:
+                self._learn(batch, block)
+        finally:  # what was learnt before a batch failed has codes, and the next block may ask for them
+            if new:
+                self.encoder = self._own.extended(self._rows, self._columns)
         codes: dict[str, LongArray] = {}
         for position, batch in enumerate(batches):
             for name, code in self._codes[batch].items():

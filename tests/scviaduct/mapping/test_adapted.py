@@ -146,6 +146,19 @@ def test_a_damaged_or_dropped_adapter_is_named(conditional, query, operate):
         Mapper(conditional, SETTINGS, fleet=missing).map(block_of(conditional, scan))
 
 
+def test_what_was_learnt_before_a_batch_failed_maps_the_next_block(conditional, query, operate):
+    fleet, found, scan = operate(query)
+    *learnt, failed = found.cells
+    addresses = {batch: fleet.addresses[batch] for batch in learnt}
+    fleet = replace(fleet, addresses=addresses, failures={failed: "the loss is NaN"})
+    block, mapper = block_of(conditional, scan), Mapper(conditional, SETTINGS, fleet=fleet)
+    with pytest.raises(DataError, match="the loss is NaN"):
+        mapper.map(block)
+    some = subset(block, np.flatnonzero(np.array(block.obs["batch"].to_pylist()) == "new2"))
+    alone = Mapper(conditional, SETTINGS, fleet=fleet).map(some)
+    assert np.array_equal(mapper.map(some).latent, alone.latent)
+
+
 def test_a_batch_of_which_nothing_can_be_read_fails_by_itself(conditional, make_cells, write, tmp_path):
     cells = make_cells(60, seed=2)
     cells.obs["batch"] = ["bad" if i < 30 else "good" for i in range(60)]
