@@ -220,6 +220,8 @@ class Dispatcher[Item: Sharded]:
                 self._slots.remove(slot)
                 self._start()
             self._forget(work)
+            if not work.suspect:  # nobody knows which of several it was: a try is left, however many were lost before
+                work.attempts = min(work.attempts, self._limits.attempts - 2)
             work.suspect = True
             self._retry(work, *_judged(error))
         except (RayError, DataError) as error:

@@ -189,11 +189,17 @@ def pairs_of(local_ray, tmp_path):
     """A pool of pairs whose units fail, or kill their actor, as they are told."""
     ray = local_ray
 
-    def build(faults):
+    def build(faults, unread=0):
         log = str(tmp_path)
 
-        @ray.remote(num_returns=2, num_cpus=0.5)
+        @ray.remote(num_returns=2, max_retries=0, num_cpus=0.5)
         def read(starts):
+            from pathlib import Path
+
+            count = len(list(Path(log).glob(f"read-{starts[0]}-*")))
+            Path(log, f"read-{starts[0]}-{count}").touch()
+            if len(starts) > 1 and count < unread:
+                raise OSError("link down")
             return 8, starts
 
         @ray.remote(num_cpus=0.5)
@@ -260,3 +266,13 @@ def test_a_unit_that_kills_its_actor_does_not_take_the_others_of_its_item_along(
     assert [*bad] == [0]
     assert bad[0][0] == 3
     assert "ActorDied" in bad[0][1]
+
+
+@pytest.mark.parametrize("unread", [1, 2])
+def test_a_first_death_at_the_last_try_convicts_nobody(pairs_of, tmp_path, unread):
+    """Tries that were lost to a network say nothing of who kills: one is left for each unit of the item, alone."""
+    done, bad = paired(pairs_of({0: ["die"] * 9}, unread), units(2))
+    assert done == {1}
+    assert [*bad] == [0]
+    assert bad[0][0] == 3
+    assert tries(tmp_path, "map", 0) == 2
