@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, override
 
 import faiss
 import ray
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from scviaduct.mapping.planning import Bundle
     from scviaduct.mapping.reading import SharedBlock
     from scviaduct.store import Completion, Stager
-    from scviaduct.values import Settings
+    from scviaduct.values import Settings, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +134,43 @@ class MappingWorker:
                 mapping = self._mappers[position].map(block)
                 done.append(mine.stager.stage(unit, block, mapping, mine.settings))
             except Exception as error:  # noqa: BLE001 - the other references go on; the dispatcher decides about this one
-                failed.append(Failure.of(unit.id, error))
+                failed.append(self.failure(unit, error))
         return Ended(tuple(done), tuple(failed))
 
+    def failure(self, unit: Unit, error: Exception) -> Failure:
+        """What an error says of a unit."""
+        return Failure.of(unit.id, error)
 
-MappingActor = ray.remote(MappingWorker)
+
+class _Actor(MappingWorker):
+    """A worker with a process of its own, which ends where its GPU has given up."""
+
+    @override
+    def failure(self, unit: Unit, error: Exception) -> Failure:
+        if lost(error, self.device):
+            # It would fail every unit from now on. The dispatcher replaces an actor that died, and tries alone what was
+            # in it; an orderly exit would call CUDA again, and may hang.
+            sys.stderr.write(f"{told(error)}: the GPU does nothing more for this process, which ends\n")
+            sys.stderr.flush()
+            os._exit(1)
+        return super().failure(unit, error)
+
+
+def lost(error: Exception, device: str) -> bool:
+    """Whether an error left the process without its GPU.
+
+    After a fault of a kernel (an illegal address), CUDA fails all that a process asks for, until it ends. The device is
+    asked, because errors do not tell: PyTorch's AcceleratorError, which it has since 2.8, can pass, too, and Triton
+    raises a plain RuntimeError. A lack of memory passes.
+    """
+    if device == "cpu" or not isinstance(error, RuntimeError):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+MappingActor = ray.remote(_Actor)
 """Restarts and retries are the dispatcher's: ``max_restarts`` and ``max_task_retries`` stay 0."""
