@@ -8,29 +8,28 @@ do not depend on its neighbours.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from scviaduct.errors import InputError
+from scviaduct.errors import DataError
 from scviaduct.families.base import Covariates, Encoded
 from scviaduct.families.gather import FirstLayer, kernel_of
 from scviaduct.families.lane import Lane
+from scviaduct.families.precision import multiplying
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from scviaduct.families.gather import Kernel
     from scviaduct.families.lane import Sent
     from scviaduct.families.network import Layer, Network
+    from scviaduct.families.precision import Precision
     from scviaduct.values import FloatArray, IntArray, LongArray
-
-type Precision = Literal["float32", "tf32", "bf16"]
 
 STEP = 32_768
 """Cells that go through the dense layers at a time; a step takes Python some 0.4 ms, and 67 MB of 512 hidden units."""
@@ -96,14 +95,14 @@ class DeviceEncoder:
         self._firsts: dict[str, FirstLayer] = {}
 
     def reading(self, networks: Mapping[str, Network]) -> Self:
-        """An encoder of networks with further categories; buffers and the genes' weights are shared."""
+        """An encoder of networks with further categories; buffers are shared, and the genes' weights once made."""
         other = copy.copy(self)
-        firsts = {name: first.reading(networks[name]) for name, first in self._first_layers().items()}
+        firsts = {name: first.reading(networks[name]) for name, first in self._firsts.items()}
         vars(other).update(_networks=dict(networks), _firsts=firsts)
         return other
 
     def _first_layers(self) -> dict[str, FirstLayer]:
-        if not self._firsts:  # a family with an encoder of its own never comes here, and holds its weights once
+        if not self._firsts:  # who opens a reference and encodes nothing holds its weights once
             dtype = torch.bfloat16 if self._precision == "bf16" else torch.float32
             self._firsts = {name: FirstLayer(each, self._kernel, dtype) for name, each in self._networks.items()}
         return self._firsts
@@ -116,12 +115,12 @@ class DeviceEncoder:
 
         Raises
         ------
-        InputError
+        DataError
             If a count is of a gene that there is not, or a cell of a category that there is not.
         """
         main, *others = firsts = self._first_layers()
         n_genes = max(network.n_genes for network in self._networks.values())
-        with self._lane.held(), _multiplying(self._precision):
+        with self._lane.held(), multiplying(self._precision):
             block = self._block(len(indptr) - 1, covariates)
             hidden: dict[str, torch.Tensor] = {}
             for sent in self._lane.feed(indptr, indices, data, n_genes=n_genes, step=STEP):
@@ -158,7 +157,7 @@ class DeviceEncoder:
         for i, column in enumerate(columns):
             size = min(self._sizes(i), default=None)
             if size is not None and len(column) and (column.min() < 0 or column.max() >= size):
-                raise InputError(
+                raise DataError(
                     f"A cell has category {column[(column < 0) | (column >= size)][0]:,} of a covariate with {size:,}.",
                     "Extend the encoder by the adapters of new categories first.",
                 )
@@ -214,14 +213,3 @@ class DeviceEncoder:
         if self._precision != "bf16":
             return nn.functional.linear(values, layer.weight, layer.bias)
         return nn.functional.linear(values.bfloat16(), layer.weight.bfloat16()).float() + layer.bias
-
-
-@contextlib.contextmanager
-def _multiplying(precision: Precision) -> Iterator[None]:
-    """Matrices in TensorFloat-32 or not, whatever the process does elsewhere (Lightning tells users to turn it on)."""
-    held = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = held

@@ -80,8 +80,11 @@ class _Slot:
         self._grow(0)
 
     def _grow(self, n_bytes: int) -> None:
-        self.here = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        self.there = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
+        there = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
+        here = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self.here, self.there = here, there  # both or neither: the next block finds twins
+        # What an allocator gives out, kernels of the computing stream may still use: the copy, on another, awaits them.
+        self.used.record()
 
     def hold(self, layout: Layout) -> None:
         """Have room for a piece, once what the buffer held has left it."""
@@ -180,7 +183,7 @@ class Lane:
 
         Raises
         ------
-        InputError
+        DataError
             If a count is of a gene that there is not.
         """
         pieces = cut(indptr, step, PIECE)

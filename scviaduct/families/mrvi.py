@@ -19,6 +19,7 @@ from scviaduct.families.attention import Conditional, SampleAttention, Weights, 
 from scviaduct.families.base import Covariates, Encoded, Facts, Family, Needs
 from scviaduct.families.columns import obs_column, require_read
 from scviaduct.families.network import Bundle, Network, behind
+from scviaduct.families.precision import exactly
 from scviaduct.families.registered import common_facts, registry_of, state_of, texts
 from scviaduct.families.rowwise import padded, rows_of
 from scviaduct.families.scvi import model_arguments
@@ -269,7 +270,7 @@ class MrviEncoder:
         weights = Weights(self._tensors)
         self._network = _network(weights.under("qu"))
         self._to_u = SparseEncoder(self._network)
-        with torch.inference_mode():
+        with torch.inference_mode(), exactly(device):
             self._to_z = SampleAttention(weights.under("qz"))
         self._n_samples = len(weights["qz.embedding.weight"])
         self._step = CELLS if device == "cpu" else GPU_CELLS
@@ -299,7 +300,7 @@ class MrviEncoder:
             tensors = self._tensors | {name: behind(name, self._tensors[name], samples) for name in SAMPLE_ROWS}
             weights = Weights(tensors)
             network, embedding = _network(weights.under("qu")), weights["qz.embedding.weight"]
-            with torch.inference_mode():
+            with torch.inference_mode(), exactly(self._device):
                 to_z = self._to_z.extended(weights.under("qz"), embedding[self._n_samples :])
             changed = {"_tensors": tensors, "_network": network, "_to_u": self._to_u.reading(network), "_to_z": to_z}
             vars(other).update(changed, _n_samples=len(embedding))
@@ -332,8 +333,10 @@ class MrviEncoder:
             pointers, sample = padded(indptr[start : stop + 1] - low, rows + 1), padded(samples[start:stop], rows)
             parts = (pointers, indices[low:high], data[low:high], sample)
             pointers, genes, counts, sample = (torch.tensor(part, device=self._device) for part in parts)
-            u, variance = self._to_u(pointers, genes, counts, [sample])
-            found.append(tuple(part[: stop - start] for part in (u, variance, self._to_z(u, sample))))
+            with exactly(self._device):
+                u, variance = self._to_u(pointers, genes, counts, [sample])
+                z = self._to_z(u, sample)
+            found.append(tuple(part[: stop - start] for part in (u, variance, z)))
         u, variance, z = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
         return Encoded(u, u, variance, {"z": z})
 

@@ -21,6 +21,7 @@ from scviaduct.families.layouts import (
     set_up,
 )
 from scviaduct.families.network import Bundle
+from scviaduct.families.precision import exactly
 from scviaduct.families.registered import OTHERS_WEIGHTS, common_facts, registry_of, require_weights, state_of, texts
 from scviaduct.families.rowwise import padded, rows_of
 from scviaduct.families.scvi import model_arguments
@@ -69,6 +70,7 @@ class MultiviEncoder(VaeEncoder):
 
     def __init__(self, networks: Mapping[str, Network], weights: torch.Tensor, device: str = "cpu") -> None:
         super().__init__(networks, device)
+        self._there = None  # each network reads features of its own, and is run here
         self._weights = weights.to(device)
         self._first = next(iter(networks))
         # What one modality gives alone is the latent itself.
@@ -97,7 +99,8 @@ class MultiviEncoder(VaeEncoder):
             low, high = int(indptr[start]), int(indptr[stop])
             n_rows = rows_of(stop - start, self._step, self._device)
             rows = (padded(indptr[start : stop + 1] - low, n_rows + 1), indices[low:high], data[low:high])
-            parts, measured = self._parts(rows, *self._read(covariates, slice(start, stop), n_rows))
+            with exactly(self._device):
+                parts, measured = self._parts(rows, *self._read(covariates, slice(start, stop), n_rows))
             mixed, spread = (part[: stop - start] for part in self._mixed(parts, measured))
             location[start:stop], variance[start:stop] = mixed.cpu().numpy(), spread.cpu().numpy()
             mean[start:stop] = self._transformed(mixed).cpu().numpy()

@@ -14,7 +14,7 @@ import numpy as np
 from numba import float32, int32, uint32
 
 from scviaduct.compiling import compiled
-from scviaduct.errors import InputError
+from scviaduct.errors import DataError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -126,7 +126,7 @@ def narrow(
 
     Raises
     ------
-    InputError
+    DataError
         If a gene is not one of them: a GPU would read whatever lies there.
     """
     if counts.dtype.kind == "f":
@@ -135,7 +135,7 @@ def narrow(
         found = _narrowed(indices, data, np.uint32(n_genes), np.uint32(np.iinfo(counts.dtype).max), genes, counts)
     if found == _STRANGE:
         bad = int(indices[(indices < 0) | (indices >= n_genes)][0])
-        raise InputError(
+        raise DataError(
             f"A count is of the gene at position {bad:,}, and the reference has {n_genes:,} genes.",
             "Give counts in the reference's genes, as the readers do.",
         )

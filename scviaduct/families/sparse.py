@@ -12,6 +12,7 @@ share its mini-batch there; nor do the layers behind it (:mod:`scviaduct.familie
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -47,14 +48,18 @@ class SparseEncoder:
     def __init__(self, network: Network) -> None:
         self._network = network
         self.arithmetic = f"PyTorch on {network.mean.bias.device}"
-        first = network.layers[0].weight
-        genes = first[:, : network.n_genes].T.contiguous()
+        self._dense = network.layers[0].weight[:, network.n_genes :]
+
+    @cached_property
+    def _genes(self) -> list[torch.Tensor]:
+        """The genes' weights, a row each; made when counts come, for on a GPU most encoders only classify here."""
+        network = self._network
+        genes = network.layers[0].weight[:, : network.n_genes].T.contiguous()
         wide = genes.numel() * genes.element_size() > _CACHE_BYTES
-        self._genes = [part.contiguous() for part in genes.split(_BLOCK_COLUMNS, dim=1)] if wide else [genes]
-        self._dense = first[:, network.n_genes :]
+        return [part.contiguous() for part in genes.split(_BLOCK_COLUMNS, dim=1)] if wide else [genes]
 
     def reading(self, network: Network) -> Self:
-        """An encoder of a network with further categories; the genes' weights are shared."""
+        """An encoder of a network with further categories; the genes' weights are shared if they are there."""
         other = copy.copy(self)
         vars(other).update(_network=network)
         return other

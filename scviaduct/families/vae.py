@@ -16,6 +16,7 @@ from scviaduct.errors import ScviaductError, UnsupportedModelError
 from scviaduct.families.base import Covariates, Encoded, Facts
 from scviaduct.families.folding import fold_encoder, fold_layers, fold_linear
 from scviaduct.families.network import Bundle
+from scviaduct.families.precision import exactly
 from scviaduct.families.registered import OTHERS_WEIGHTS, common_facts, registry_of, require_weights, texts
 from scviaduct.families.rowwise import padded, rows_of
 from scviaduct.families.slots import BATCH
@@ -305,7 +306,8 @@ class VaeEncoder:
         for start in range(0, len(location), self._step):
             part = location[start : start + self._step]
             rows = padded(part, rows_of(len(part), self._step, self._device))
-            out = self._encoders[self.latents[0]].classify(self._given(rows))
+            with exactly(self._device):
+                out = self._encoders[self.latents[0]].classify(self._given(rows))
             found[start : start + len(part)] = torch.softmax(out, dim=-1)[: len(part)].cpu().numpy()
         return found
 

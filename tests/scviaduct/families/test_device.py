@@ -8,18 +8,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
 
-from scviaduct.errors import InputError
+from scviaduct.errors import DataError
 from scviaduct.families import device as device_module
 from scviaduct.families import gather
 from scviaduct.families import lane as lane_module
 from scviaduct.families.base import Covariates
 from scviaduct.families.device import DeviceEncoder
+from scviaduct.families.multivi import MultiviEncoder
 from scviaduct.families.network import Layer, Network
 from scviaduct.families.vae import VaeEncoder
 
@@ -152,7 +154,7 @@ def test_further_latents_and_further_categories():
     covariates = replace(covariates_of(500), batch=np.arange(500) % 4)
     told = encoder.reading(wider._networks).encode(*block_of(500), covariates)
     agree(told, wider.encode(*block_of(500), covariates))
-    with pytest.raises(InputError, match="has category 3 of a covariate with 3"):
+    with pytest.raises(DataError, match="has category 3 of a covariate with 3"):
         encoder.encode(*block_of(500), covariates)
 
 
@@ -173,12 +175,46 @@ def test_a_gene_that_there_is_not_is_refused_and_the_next_block_is_encoded():
     indptr, indices, data = block_of(500)
     wrong = indices.copy()
     wrong[-700] = GENES
-    with pytest.raises(InputError, match="position 300, and the reference has 300 genes"):
+    with pytest.raises(DataError, match="position 300, and the reference has 300 genes"):
         encoder.encode(indptr, wrong, data, Covariates())
     agree(
         encoder.encode(indptr, indices, data, Covariates()),
         VaeEncoder({"latent": network}).encode(indptr, indices, data, Covariates()),
     )
+
+
+def test_a_buffer_that_cannot_grow_stays_as_it_was(monkeypatch):
+    """On a GPU that has no memory left: what is smaller still goes through."""
+    slot, layout = lane_module._Slot(torch.device("cpu")), lane_module.Layout(10, 100, *map(np.dtype, ("u2", "u1")))
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    for fails in ([error], [torch.empty(500, dtype=torch.uint8), error]):
+        with monkeypatch.context() as patched:
+            patched.setattr(lane_module.torch, "empty", Mock(side_effect=fails))
+            with pytest.raises(torch.OutOfMemoryError):
+                slot.hold(layout)
+        assert len(slot.here) == len(slot.there) == 0
+    slot.hold(layout)
+    assert len(slot.here) == len(slot.there) >= layout.n_bytes
+
+
+def test_first_layers_are_made_when_counts_come_and_shared_from_then_on():
+    network, wider = network_of(tables=True), network_of(tables=True)
+    encoder = DeviceEncoder({"latent": network}, "cpu")
+    assert not encoder.reading({"latent": wider})._firsts
+    encoder.encode(*block_of(30), covariates_of(30))
+    assert encoder.reading({"latent": wider})._firsts["latent"]._weight is encoder._firsts["latent"]._weight
+    there = VaeEncoder({"latent": network}, "cpu:0")
+    there.encode(*block_of(30), covariates_of(30))
+    assert "_genes" not in vars(there._encoders["latent"])  # it classifies
+
+
+def test_multivi_runs_its_own_encoders_and_says_so():
+    network = network_of()
+    encoder = MultiviEncoder({"expression": network}, torch.zeros(3), "cpu:0")
+    assert encoder.arithmetic == "PyTorch on cpu"
+    here = MultiviEncoder({"expression": network}, torch.zeros(3))
+    agree(encoder.encode(*block_of(500), Covariates()), here.encode(*block_of(500), Covariates()))
+    assert encoder.extended({}).arithmetic == "PyTorch on cpu"
 
 
 def test_the_way_is_told():

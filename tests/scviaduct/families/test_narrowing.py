@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scviaduct.errors import InputError
+from scviaduct.errors import DataError
 from scviaduct.families.narrowing import COUNTS, Layout, cut, gene_type, narrow
 
 UINT8, UINT16, FLOAT32 = COUNTS
@@ -61,7 +61,7 @@ def test_a_count_travels_as_the_narrowest_that_holds_it(value, narrowest, at):
 def test_a_gene_that_there_is_not_is_refused(gene, count):
     indices = np.zeros(9000, np.int32)
     indices[8000] = gene
-    with pytest.raises(InputError, match=rf"position {gene:,}, and the reference has 2,000 genes"):
+    with pytest.raises(DataError, match=rf"position {gene:,}, and the reference has 2,000 genes"):
         written(indices, np.ones(9000, np.float32), count=count)
 
 
