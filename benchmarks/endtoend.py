@@ -39,8 +39,8 @@ def run(context: Context) -> Report:
     figures: list[Figure] = []
     measured = {}
     for name, heading, size, most in (
-        ("e2e_2000", "2,000 genes, 128 x 1", TYPICAL, 98_304),
-        ("e2e_census", "8,000 genes, 512 x 2, the Census's model", CENSUS, 32_768),
+        ("e2e_2000", "2,000 genes, 128 x 1", TYPICAL, 196_608),
+        ("e2e_census", "8,000 genes, 512 x 2, the Census's model", CENSUS, 98_304),
     ):
         saved, package = reference(context.folder, context.design, size)
         cells = context.pick(most, 8_192)
