@@ -180,7 +180,7 @@ VALUES = [
     defaultdict(dict, {"a": {1: 2}}),
     defaultdict(None, {"a": 1}),
     {3, 1, 2},
-    frozenset("ab"),
+    frozenset({1, 2}),
     slice(1, None, -2),
     np.float32(0.1),
     np.float64("nan"),
