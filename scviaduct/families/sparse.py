@@ -43,16 +43,20 @@ class SparseEncoder:
     ----------
     network
         On the device that encodes.
+    gathers
+        Whether it will be called; if not, the genes' weights are made only if it is after all.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, *, gathers: bool = True) -> None:
         self._network = network
         self.arithmetic = f"PyTorch on {network.mean.bias.device}"
         self._dense = network.layers[0].weight[:, network.n_genes :]
+        if gathers:
+            self._genes  # noqa: B018 - made now, so that encoders with further categories share it
 
     @cached_property
     def _genes(self) -> list[torch.Tensor]:
-        """The genes' weights, a row each; made when counts come, for on a GPU most encoders only classify here."""
+        """The genes' weights, a row each."""
         network = self._network
         genes = network.layers[0].weight[:, : network.n_genes].T.contiguous()
         wide = genes.numel() * genes.element_size() > _CACHE_BYTES
@@ -129,7 +133,7 @@ def step_of(networks: Iterable[Network], device: str) -> int:
 def step_encoder(network: Network, device: str) -> SparseEncoder | CompiledEncoder:
     """What encodes a mini-batch: compiled kernels on a CPU, which take arrays, and PyTorch elsewhere, with tensors."""
     if device != "cpu":
-        return SparseEncoder(network)
+        return SparseEncoder(network, gathers=False)  # most only classify there: DeviceEncoder gathers
     from scviaduct.families.compiled import CompiledEncoder  # numba takes 0.4 s, and a GPU needs none
 
     return CompiledEncoder(network)
