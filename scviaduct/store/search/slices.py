@@ -23,7 +23,7 @@ GATHERED = 1 << 20
 """Selected cells up to which their vectors are copied together: 150 MB of 30 dimensions. Above, all cells of a list are
 compared and those that are not selected are passed over."""
 _COPY = 16
-"""What copying a selected vector costs, in comparisons of a vector with a query."""
+"""What copying a selected vector costs, in comparisons of a vector with a query: an estimate, not measured."""
 _KEPT = 4
 """Selections that are kept, so that the same condition is evaluated once."""
 _PLACE = (1 << SLOT) - 1
