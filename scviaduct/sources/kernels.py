@@ -1,11 +1,11 @@
 """The compiled passes of a read: genes selected and renumbered, rows assembled and put in order.
 
 Decoding is the wall of a read, 13 to 16 ns a value of a Census on one core, and what follows must not be another. numpy
-and scipy pass over the values ten times, with a copy at each; here it is one pass over what was decoded (2 to 5 ns a value)
-and one over what was selected (4 to 11 ns, by what else the machine does). numba compiles them, because it is installed already (scanpy and umap-learn
-need it), needs no compiler where scviaduct is installed, and keeps what it compiled. Cython or C++ would mean a wheel
-for each platform of a project that ships as a folder; tiledbsoma's own compressor of coordinates is private, starts
-threads and selects no genes.
+and scipy pass over the values ten times, with a copy at each; here it is one pass over what was decoded (2 to 5 ns a
+value) and one over what was selected (4 to 11 ns, by what else the machine does). numba compiles them, because it is
+installed already (scanpy and umap-learn need it), needs no compiler where scviaduct is installed, and keeps what it
+compiled. Cython or C++ would mean a wheel for each platform of a project that ships as a folder; tiledbsoma's own
+compressor of coordinates is private, starts threads and selects no genes.
 
 Rows are not sorted by comparing. A row's columns are marked in a bitmap and its values added up by column; reading the
 bitmap gives them in order, and counts that share a column come out as one. That is linear in the values.
