@@ -1,4 +1,4 @@
-"""SOMA's value-filter grammar, for files as for SOMA.
+"""SOMA's value-filter grammar, evaluated over any source.
 
 ``==``, ``!=``, ``<``, ``<=``, ``>``, ``>=`` between a column and a constant (also chained: ``1 < n_genes < 9``),
 ``in [...]``, ``not in [...]``, joined by ``and``, ``or``, ``not``, ``&``, ``|`` and parentheses. A column is a bare
@@ -47,7 +47,7 @@ class ValueFilter:
     Attributes
     ----------
     text
-        As written; what TileDB-SOMA gets.
+        As written.
     columns
         Columns that it reads, in the order of appearance.
     expression

@@ -72,6 +72,20 @@ def normal(array: pa.Array | pa.ChunkedArray, name: str, where: str) -> pa.Array
         ) from error
 
 
+def comparable(array: pa.ChunkedArray, name: str, where: str) -> pa.Array:
+    """What a filter compares: :func:`normal`, but categories have the type of their values.
+
+    Raises
+    ------
+    SourceError
+        As :func:`normal` does.
+    """
+    if pa.types.is_dictionary(array.type):
+        coded = array.combine_chunks()
+        array = coded.dictionary.take(coded.indices)
+    return normal(array, name, where)
+
+
 @dataclass(frozen=True, slots=True)
 class RowRule:
     """Which rows of obs are cells, and what they are called.
