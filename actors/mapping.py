@@ -12,6 +12,7 @@ import ray
 import torch
 
 from scviaduct import faults
+from scviaduct.allocator import keep_memory
 from scviaduct.errors import DataError
 from scviaduct.mapping.mapper import Mapper
 from scviaduct.references.package import Reference
@@ -101,6 +102,7 @@ class MappingWorker:
     """
 
     def __init__(self, assignments: Sequence[Assignment], device: str | None = None) -> None:
+        keep_memory()
         torch.set_num_threads(1)
         faiss.omp_set_num_threads(1)
         self.device = device or ("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")

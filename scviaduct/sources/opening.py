@@ -6,6 +6,7 @@ import atexit
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from scviaduct.allocator import keep_memory
 from scviaduct.errors import SourceChangedError
 from scviaduct.sources.source import REPLAN
 from scviaduct.sources.unreadable import NothingThereError
@@ -42,6 +43,7 @@ def open_source(uri: str) -> Source:
         If the URI is pinned and leads to other content by now.
     """
     address = parse(uri)
+    keep_memory()  # before a library starts threads, each of which would take an arena
     if address.scheme == "file" and (path := local_path(address.location)) and (path / "landing.json").is_file():
         address = parse(f"landing:{address}")
     # tiledbsoma takes seconds to import, and h5py with zarr one: a command pays for what it opens.

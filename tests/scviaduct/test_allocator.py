@@ -1,0 +1,44 @@
+"""What a process frees is there for the next shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, resource
+import numpy as np
+from scviaduct.allocator import keep_memory
+
+kept = keep_memory()
+np.ones(8 << 20)  # 64 MB, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    np.ones(8 << 20)
+print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]))
+"""
+
+
+def run(**variables):
+    # numpy asks for huge pages, of which there may be some at one time and none at another.
+    told = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"} | variables
+    found = subprocess.run([sys.executable, "-c", PROGRAM], env=told, capture_output=True, text=True, check=True)
+    return json.loads(found.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
+def test_freed_memory_is_taken_again_without_faults():
+    kept, faults = run()
+    assert kept
+    assert faults < 100  # of 4 KiB; all of it are 160,000
+
+
+@pytest.mark.parametrize("variable", ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"])
+def test_who_set_it_otherwise_is_heard(variable):
+    kept, faults = run(**{variable: "1000000"})
+    assert not kept
+    assert faults > 10_000
