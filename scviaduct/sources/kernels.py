@@ -1,11 +1,11 @@
 """The compiled passes of a read: genes selected and renumbered, rows assembled and put in order.
 
 Decoding is the wall of a read, 13 to 16 ns a value of a Census on one core, and what follows must not be another. numpy
-and scipy pass over the values ten times, with a copy at each; here it is one pass over what was decoded (2 to 5 ns a
-value) and one over what was selected (4 to 11 ns, by what else the machine does). numba compiles them, because it is
-installed already (scanpy and umap-learn need it), needs no compiler where scviaduct is installed, and keeps what it
-compiled. Cython or C++ would mean a wheel for each platform of a project that ships as a folder; tiledbsoma's own
-compressor of coordinates is private, starts threads and selects no genes.
+and scipy pass over the values ten times, with a copy at each; here it is one pass over what was decoded (2 to 4 ns a
+value) and one over what was selected (1 to 2 ns where genes keep their order, 5 to 10 where they do not). numba
+compiles them, because it is installed already (scanpy and umap-learn need it), needs no compiler where scviaduct is
+installed, and keeps what it compiled. Cython or C++ would mean a wheel for each platform of a project that ships as a
+folder; tiledbsoma's own compressor of coordinates is private, starts threads and selects no genes.
 
 Rows are not sorted by comparing. A row's columns are marked in a bitmap and its values added up by column; reading the
 bitmap gives them in order, and counts that share a column come out as one. That is linear in the values.
@@ -211,6 +211,33 @@ def by_row(run_rows: IntArray, n_rows: int) -> tuple[LongArray, IntArray]:
 
 
 @compiled()
+def _strictly(columns: IntArray, data: FloatArray, start: np.uint64, stop: np.uint64) -> bool:
+    """Whether columns ascend, each once, and no value is zero; without a branch, so that vectors do it."""
+    wrong = data[start] == 0
+    for i in range(start + _ONE, stop):
+        wrong |= (columns[i] <= columns[i - _ONE]) | (data[i] == 0)
+    return not wrong
+
+
+@compiled()
+def _copy(
+    columns: IntArray,
+    data: FloatArray,
+    start: np.uint64,
+    stop: np.uint64,
+    out_columns: IntArray,
+    out_data: FloatArray,
+    end: np.uint64,
+) -> np.uint64:
+    """Copy some values behind what is there; where they end."""
+    for i in range(stop - start):
+        out_columns[end + i] = columns[start + i]
+    for i in range(stop - start):
+        out_data[end + i] = data[start + i]
+    return end + (stop - start)
+
+
+@compiled()
 def join(
     columns: IntArray,
     data: FloatArray,
@@ -241,21 +268,17 @@ def join(
     end, done = np.uint64(0), 0
     indptr[0] = 0
     for row in range(len(ends)):
-        first, before, in_order = np.int64(end), np.int32(-1), ascending
-        while done < ends[row]:
-            run = order[done]
-            done += 1
+        first, before, in_order = end, np.int32(-1), ascending
+        for at in range(done, ends[row]):
+            start, stop = run_starts[order[at]], run_starts[order[at] + 1]
             if not ascending:
-                _mark(columns, data, run_starts[run], run_starts[run + 1], sums, marks)
-                continue
-            for i in range(run_starts[run], run_starts[run + 1]):
-                column = columns[i]
-                out_columns[end], out_data[end] = column, data[i]
-                if data[i] != 0:
-                    in_order &= column > before
-                    before = column
-                    end += _ONE
+                _mark(columns, data, start, stop, sums, marks)
+            elif start < stop:
+                in_order &= (columns[start] > before) & _strictly(columns, data, np.uint64(start), np.uint64(stop))
+                before = columns[stop - 1]
+                end = _copy(columns, data, np.uint64(start), np.uint64(stop), out_columns, out_data, end)
+        done = ends[row]
         if not in_order:
-            _mark(out_columns, out_data, first, np.int64(end), sums, marks)
-            end = np.uint64(_emit(out_columns, out_data, first, sums, marks))
+            _mark(out_columns, out_data, np.int64(first), np.int64(end), sums, marks)
+            end = np.uint64(_emit(out_columns, out_data, np.int64(first), sums, marks))
         indptr[row + 1] = np.int64(end)
