@@ -172,18 +172,20 @@ def _write_arrays(folder: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
                 dtype=values.dtype,
                 chunks=(chunk,),
                 shards=(max(1, -(-len(values) // chunk)) * chunk,),
-                compressors=[_compressor(values.dtype), Crc32cCodec()],
+                compressors=[_compressor(values.dtype.itemsize, chunk), Crc32cCodec()],
                 fill_value=int(len(values) > 0 and values[0] == 0),
                 config={"write_empty_chunks": True},
             )
             array[:] = values
 
 
-def _compressor(kind: np.dtype[Any]) -> BloscCodec:
+def _compressor(size: int, chunk: int) -> BloscCodec:
     # Of lz4 and zstd with either shuffle: bytes a cell and cells a CPU-second of steps, then of data, 2,300 values a
     # cell: lz4 with bits 1,615 at 203k, 811 at 220k; lz4 with bytes 2,310 at 313k, 1,163 at 193k; zstd with bytes 1,339
-    # at 157k, 541 at 112k. Genes instead of steps: 2,714 at 154k.
-    return BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=kind.itemsize)
+    # at 157k, 541 at 112k. Genes instead of steps: 2,714 at 154k. Single bytes are shuffled two by two, because blosc
+    # has no vectors for an odd number: 1,650 values a cell take 562 bytes instead of 557, at 623k instead of 497k.
+    paired = 2 if size == 1 and chunk % 2 == 0 else size
+    return BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=paired)
 
 
 def _flush(folder: Path) -> None:
