@@ -191,6 +191,22 @@ def test_batches_of_obs_meet(experiment, counts, monkeypatch, read_all):
         assert read_all(source)[1] == [str(row) for row in range(30)]
 
 
+@pytest.mark.parametrize("window", [1, 7, 100])
+def test_obs_that_was_written_in_pieces_is_read_in_order(experiment, counts, monkeypatch, read_all, window):
+    """TileDB hands the rows of several fragments over in the order of the fragments."""
+    monkeypatch.setattr(soma, "ORDERED_ROWS", window)
+    url = experiment({"n": range(30)}, counts)
+    with tiledbsoma.open(f"{url}/obs") as obs:
+        held = obs.read().concat()
+    with tiledbsoma.open(f"{url}/obs", "w") as obs:
+        for rows in (slice(20, 30), slice(5, 12)):
+            obs.write(held.slice(rows.start, rows.stop - rows.start))
+    with open_source(f"soma:{url}") as source:
+        read, keys = read_all(source, 8)
+    assert keys == [str(row) for row in range(30)]
+    np.testing.assert_array_equal(read.toarray(), counts)
+
+
 def test_missing_values_and_categories(experiment, counts):
     label = pa.array(["x", None, "y"] * 10).dictionary_encode()
     url = experiment({"label": label, "n": pa.array([1, 2, None] * 10)}, counts)
