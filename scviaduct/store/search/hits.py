@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from scviaduct.store.index.scanning import Found
     from scviaduct.values import FloatArray, LongArray
 
-_OWN = ("source_row", "unit", "unit_row", "run")
+OWN = ("source_row", "unit", "unit_row", "run")
 """Columns that a hit does not have."""
 
 
@@ -88,7 +88,7 @@ def hits_table(
     keep
         As :func:`kept_of` gives it.
     rows
-        Rows of the kept neighbours, in their order.
+        Rows of the kept neighbours, in their order, without the columns of :data:`OWN`.
     """
     query = pa.array(np.nonzero(keep)[0])
     columns = {
@@ -97,10 +97,9 @@ def hits_table(
         "rank": pa.array(np.cumsum(keep, axis=1)[keep].astype(np.int32)),
         "distance": pa.array(np.sqrt(found.distance[keep])),
     }
-    for name in rows.column_names:
-        if name not in _OWN:
-            told = name
-            while told in columns:
-                told = f"cell.{told}"
-            columns[told] = rows[name]
-    return pa.table(columns)
+    for name, column in zip(rows.column_names, rows.columns, strict=True):
+        told = name
+        while told in columns:
+            told = f"cell.{told}"
+        columns[told] = column
+    return pa.Table.from_arrays(list(columns.values()), names=list(columns))

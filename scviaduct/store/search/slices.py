@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from scviaduct.store.index.kernels import gather
 from scviaduct.store.index.scanning import SLOT, Block, Found, scan_blocks, scan_lists, threaded
+from scviaduct.store.search.hits import OWN
 from scviaduct.store.search.selection import selected
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Slice:
         return out
 
     def take(self, slots: LongArray) -> pa.Table:
-        """Rows of slots of this slice, in their order; text is plain."""
+        """Rows of slots of this slice, in their order and without the columns of ``hits.OWN``; text is plain."""
         numbers = slots >> SLOT
         parts: list[pa.Table] = []
         order: list[LongArray] = []
@@ -236,7 +237,8 @@ class Columns:
 
     @classmethod
     def of(cls, table: pa.Table) -> Self:
-        """All columns of a table that is one batch."""
+        """The columns of hits, of a table that is one batch; each that is taken costs 20 us, however few the rows."""
+        table = table.drop_columns([name for name in OWN if name in table.column_names])
         kinds = [(one.name, pa.string() if pa.types.is_dictionary(one.type) else one.type) for one in table.schema]
         columns = (column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in table.columns)
         return cls(pa.schema(kinds), tuple(columns))
