@@ -166,7 +166,7 @@ def test_hits_come_from_one_version_whoever_commits_meanwhile(symphony, pbmc, mo
 
 
 def test_a_run_without_a_single_mapped_unit_commits_nothing(spoil, pbmc, tmp_path):
-    path, _ = spoil(np.nan, cell=350)
+    path, _ = spoil(np.nan)
     found = sv.map(str(path), reference="pbmc", store=str(tmp_path / "s"), engine="inline", quiet=True)
     assert (found.state, found.version, found.exit_status) == ("failed", None, 4)
     assert sv.status(tmp_path / "s").runs[0]["state"] == "failed"
