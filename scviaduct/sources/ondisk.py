@@ -16,6 +16,7 @@ import pyarrow as pa
 from scviaduct.errors import SourceError
 from scviaduct.sources.codecs import compiled_codecs
 from scviaduct.sources.counts import SLAB_BYTES, Rows, runs
+from scviaduct.sources.deflated import inflating
 from scviaduct.sources.unreadable import reading
 
 if TYPE_CHECKING:
@@ -195,9 +196,10 @@ class SparseMatrix:
     def __init__(self, group: Any, where: str) -> None:
         self._where = where
         with compiled_codecs(group):
-            self._indptr, self._indices, self._data = group["indptr"], group["indices"], group["data"]
-        for dataset in (self._indptr, self._indices, self._data):
-            _dtype(dataset)
+            arrays = [group[name] for name in ("indptr", "indices", "data")]
+        for array in arrays:
+            _dtype(array)
+        self._indptr, self._indices, self._data = map(inflating, arrays)
         self.shape = int(group.attrs["shape"][0]), int(group.attrs["shape"][1])
 
     def read(self, rows: LongArray, target: GeneTarget) -> Iterator[Rows]:
