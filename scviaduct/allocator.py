@@ -15,9 +15,8 @@ from functools import cache
 
 KEPT_BYTES = 512 << 20
 """Free memory that a process keeps at most, and the largest piece that is kept: two arrays of a block of all genes."""
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-"""Names that ``malloc.h`` has for them."""
-_TOLD = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+_SETTINGS = {"arena_max": (-8, 1), "mmap_threshold": (-3, KEPT_BYTES), "trim_threshold": (-1, KEPT_BYTES)}
+"""By the names that glibc's tunables have: the number in ``malloc.h``, and what is asked for."""
 
 
 @cache
@@ -30,14 +29,20 @@ def keep_memory() -> bool:
     Returns
     -------
     bool
-        Whether it does: not without glibc (macOS, musl), and not where one of glibc's own variables says how its user
-        wants it (``MALLOC_ARENA_MAX``, ``GLIBC_TUNABLES``, …).
+        Whether it does: not without glibc (macOS, musl). What glibc's own variables say (``MALLOC_ARENA_MAX``,
+        ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``, …) stays as it is.
     """
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in _TOLD):
+    if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version")):
         return False
-    told = (_ARENA_MAX, 1), (_MMAP_THRESHOLD, KEPT_BYTES), (_TRIM_THRESHOLD, KEPT_BYTES)
-    done = [bool(mallopt(option, value)) for option, value in told]
+    asked = [setting for name, setting in _SETTINGS.items() if not _is_told(name)]
+    done = [bool(libc.mallopt(option, value)) for option, value in asked]
     return all(done)
+
+
+def _is_told(name: str) -> bool:
+    """Whether whoever started the process said how they want it."""
+    variables = f"MALLOC_{name.upper()}", f"MALLOC_{name.upper()}_"
+    return any(one in os.environ for one in variables) or f"malloc.{name}=" in os.environ.get("GLIBC_TUNABLES", "")

@@ -37,8 +37,23 @@ def test_freed_memory_is_taken_again_without_faults():
     assert faults < 100  # of 4 KiB; all of it are 160,000
 
 
-@pytest.mark.parametrize("variable", ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"])
-def test_who_set_it_otherwise_is_heard(variable):
-    kept, faults = run(**{variable: "1000000"})
-    assert not kept
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"MALLOC_MMAP_THRESHOLD_": "1000000"},
+        {"MALLOC_TRIM_THRESHOLD_": "1000000"},
+        {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1000000"},
+    ],
+)
+def test_what_was_set_otherwise_stays(told):
+    kept, faults = run(**told)
+    assert kept
     assert faults > 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
+def test_the_rest_is_set_beside_it():
+    kept, faults = run(MALLOC_ARENA_MAX="4")
+    assert kept
+    assert faults < 100
