@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 
 import pytest
 
-from cluster.connect import require_answer
+from cluster.connect import connect, require_answer
 from scviaduct.errors import EngineError
 
 
@@ -53,3 +54,30 @@ def test_a_port_that_answers_passes(apart):
         there.bind(("127.0.0.1", 0))
         there.listen()
         require_answer(f"127.0.0.1:{there.getsockname()[1]}")
+
+
+@pytest.fixture
+def started(apart, monkeypatch):
+    """Environments that Ray was started in; none is started."""
+    seen = []
+    monkeypatch.setattr("ray.init", lambda **_: seen.append(dict(os.environ)))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    return seen
+
+
+def test_a_ray_of_our_own_collects_no_metrics_and_the_process_keeps_its_environment(started, monkeypatch):
+    monkeypatch.setenv("REPORTER_UPDATE_INTERVAL_MS", "1000")
+    before = dict(os.environ)
+    with connect("local"):
+        assert dict(os.environ) == before
+    (seen,) = started
+    assert seen["RAY_enable_metrics_collection"] == "0"
+    assert seen["REPORTER_UPDATE_INTERVAL_MS"] == "1000"  # what the user has set stays
+
+
+def test_a_cluster_that_is_there_is_joined_as_it_is(started):
+    before = dict(os.environ)
+    with connect("auto"):
+        pass
+    assert started == [before]
