@@ -10,6 +10,7 @@ from deltalake import DeltaTable
 
 from scviaduct.errors import FilterError, InputError, StoreError
 from scviaduct.store import Store
+from scviaduct.store.schema import LATENTS, cells_schema
 from tests.scviaduct.store.synthetic import DIGEST, DIMENSIONS, KEPT, SOURCE, Lab
 
 OBS = {
@@ -120,7 +121,9 @@ def test_staged_files_are_small(lab):
     latent = rng.normal(size=(5_000, DIMENSIONS))
     completion = lab.stage(range(5_000), latent=latent, kept=KEPT, obs={n: [v[0]] * 5_000 for n, v in OBS.items()})
     split = {"latent.list.element", "probability", "margin", "entropy", "real"}
-    coded = {"source", "dataset_id", "observation_id", "label", "reference", "adapter", "unit", "run", "text"}
+    coded = {"source", "dataset_id", "label", "reference", "adapter", "unit", "run", "text"}
+    differences = {"unit_row", "source_row", "soma_joinid", "whole"}
+    unranged = {"observation_id", "latent.list.element"}
     seen = set()
     for table, file in (("latents", completion.latents), ("cells", completion.cells)):
         path = lab.space.path / table / file.path
@@ -131,8 +134,24 @@ def test_staged_files_are_small(lab):
             assert column.compression == "ZSTD", column.path_in_schema
             assert ("BYTE_STREAM_SPLIT" in column.encodings) == (column.path_in_schema in split), column.path_in_schema
             assert ("RLE_DICTIONARY" in column.encodings) == (column.path_in_schema in coded), column.path_in_schema
+            delta = "DELTA_BINARY_PACKED" in column.encodings
+            assert delta == (column.path_in_schema in differences), column.path_in_schema
+            assert (column.statistics is None) == (column.path_in_schema in unranged), column.path_in_schema
             seen.add(column.path_in_schema)
-    assert split | coded <= seen
+    assert split | coded | differences <= seen
+
+
+@pytest.mark.parametrize("words", [["a", None, "b"], ["b", "b", "b"], [None, None, None], ["", "a", None]])
+def test_files_have_categories_as_plain_strings(lab, words):
+    for text in (pa.array(words, pa.string()), pa.array(words, pa.string()).dictionary_encode()):
+        completion = lab.stage(range(3), kept={"text": "string"}, obs={"text": text})
+        files = [pq.ParquetFile(lab.space.path / "latents" / completion.latents.path)]
+        files.append(pq.ParquetFile(lab.space.path / "cells" / completion.cells.path))
+        for file, schema in zip(files, (LATENTS, cells_schema({"text": "string"})), strict=True):
+            there = file.schema_arrow
+            assert there.names == schema.names
+            assert [str(kind).replace("element", "item") for kind in there.types] == list(map(str, schema.types))
+        assert files[1].read()["text"].to_pylist() == words
 
 
 def test_only_what_is_asked_for_is_read(lab):
