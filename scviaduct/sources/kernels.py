@@ -114,20 +114,21 @@ def align(
     n_genes, filled = np.uint64(len(target)), np.uint64(0)
     indptr[0] = 0
     for row in range(len(starts)):
-        first, before, in_order = np.int64(filled), np.int32(-1), True
-        for i in range(starts[row], stops[row]):
+        first, in_order = filled, True
+        # Unsigned positions spare a look for negative ones. Written in any case, as in :func:`select`: together 1.0 us
+        # instead of 1.7 for a cell that keeps 170 of 570 values.
+        for i in range(np.uint64(starts[row]), np.uint64(stops[row])):
             gene = np.uint64(genes[i])
             if gene >= n_genes:
                 return False
             column, value = target[gene], values[i]
             columns[filled], data[filled] = column, value
-            if (column >= 0) & (value != 0):
-                in_order &= column > before
-                before = column
-                filled += _ONE
+            filled += np.uint64((column >= 0) & (value != 0))
+        for i in range(first + _ONE, filled):
+            in_order &= columns[i] > columns[i - _ONE]
         if not in_order:
-            _mark(columns, data, first, np.int64(filled), sums, marks)
-            filled = np.uint64(_emit(columns, data, first, sums, marks))
+            _mark(columns, data, np.int64(first), np.int64(filled), sums, marks)
+            filled = np.uint64(_emit(columns, data, np.int64(first), sums, marks))
         indptr[row + 1] = np.int64(filled)
     return True
 
