@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import pandas as pd
 
 from scviaduct.errors import SourceError
+from scviaduct.sources.hashing import hash_keys
 from scviaduct.values import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     import numpy.typing as npt
-    import pyarrow as pa
 
     from scviaduct.sources.obs import Cells
     from scviaduct.values import LongArray
@@ -140,11 +139,6 @@ def by_dataset(cells: Cells) -> Iterator[tuple[str, LongArray]]:
     for name, positions in zip(cells.datasets, np.split(order, ends[:-1]), strict=True):
         if len(positions):
             yield name, positions
-
-
-def hash_keys(keys: pa.Array) -> npt.NDArray[np.uint64]:
-    """64-bit SipHash of each string (``pandas.util.hash_array``, with its fixed default key)."""
-    return pd.util.hash_array(keys.to_numpy(zero_copy_only=False), categorize=False)
 
 
 class KeyCheck:

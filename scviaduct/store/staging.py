@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import pandas as pd
 
 from scviaduct import faults
+from scviaduct.sources.hashing import hash_keys
 from scviaduct.store.files import read_json, size, write_once, write_parquet
 from scviaduct.store.index.assigned import assign
 from scviaduct.store.schema import unit_rows
@@ -121,5 +121,4 @@ def is_whole(space: Path, completion: Completion) -> bool:
 
 def keys_digest(observation_ids: pa.ChunkedArray) -> str:
     """Digest of a set of cell ids, in any order."""
-    hashes = pd.util.hash_array(observation_ids.to_numpy(), categorize=False)
-    return blake2b(np.sort(hashes).tobytes(), digest_size=16).hexdigest()
+    return blake2b(np.sort(hash_keys(observation_ids)).tobytes(), digest_size=16).hexdigest()
