@@ -234,10 +234,12 @@ def test_a_cell_without_counts_has_neither_latent_nor_label(blocks, write, make_
     np.testing.assert_array_equal(mapping.label[mapping.mapped], whole.label[mapping.mapped])
 
 
-def test_stored_zeros_are_no_counts(blocks, write, make_cells, scanvi):
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_stored_zeros_are_no_counts(blocks, write, make_cells, scanvi, zero):
     (block,) = blocks(write(make_cells()), scanvi)
     data = block.data.copy()
-    data[: block.indptr[1]] = 0
+    data[: block.indptr[1]] = zero
+    data.flags.writeable = False
     assert np.flatnonzero(~Mapper(scanvi, Settings()).map(replace(block, data=data)).mapped).tolist() == [0]
 
 
