@@ -18,6 +18,14 @@ KEPT_BYTES = 512 << 20
 _SETTINGS = {"arena_max": (-8, 1), "mmap_threshold": (-3, KEPT_BYTES), "trim_threshold": (-1, KEPT_BYTES)}
 """By the names that glibc's tunables have: the number in ``malloc.h``, and what is asked for."""
 
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(KEPT_BYTES),
+    "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES),
+}
+"""The same for processes that are yet to be started. Ray's workers have threads, and an arena for each, before any of
+our code runs in them: TileDB's threads then share those, which are given back whatever the thresholds say."""
+
 
 @cache
 def keep_memory() -> bool:

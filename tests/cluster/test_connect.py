@@ -73,6 +73,7 @@ def test_a_ray_of_our_own_collects_no_metrics_and_the_process_keeps_its_environm
         assert dict(os.environ) == before
     (seen,) = started
     assert seen["RAY_enable_metrics_collection"] == "0"
+    assert seen["MALLOC_ARENA_MAX"] == "1"  # its workers keep their memory from the first instruction on
     assert seen["REPORTER_UPDATE_INTERVAL_MS"] == "1000"  # what the user has set stays
 
 
