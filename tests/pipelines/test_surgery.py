@@ -124,7 +124,7 @@ def test_a_latent_that_cannot_move_needs_no_surgery_and_the_report_says_why(pbmc
 
 @pytest.mark.parametrize("engine", ["inline", "ray"])
 def test_a_shard_that_cannot_be_read_is_left_out_of_the_sample(encoding, spoil, local_ray, rows, engine, tmp_path):
-    path, _ = spoil(-3.0)
+    path, _ = spoil(-3.0, cell=800)
     told = {"reference": "encoding", "surgery_epochs": 1, "surgery_cells": 50, "engine": engine, "quiet": True}
     result = sv.map(str(path), store=str(tmp_path / "s"), shard_cells=3000, **told)
     assert [item.state for item in result.adapters] == ["fitted"]
