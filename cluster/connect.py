@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from scviaduct import allocator
+from scviaduct.allocator import environment
 from scviaduct.errors import EngineError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Res
     own = {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False} if local else {}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        with _environment(_UNWATCHED | allocator.ENVIRONMENT if local else {}):
+        with _environment(_UNWATCHED | environment() if local else {}):
             ray.init(address=target, logging_level=logging.ERROR, log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(

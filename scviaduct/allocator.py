@@ -15,16 +15,21 @@ from functools import cache
 
 KEPT_BYTES = 512 << 20
 """Free memory that a process keeps at most, and the largest piece that is kept: two arrays of a block of all genes."""
-_SETTINGS = {"arena_max": (-8, 1), "mmap_threshold": (-3, KEPT_BYTES), "trim_threshold": (-1, KEPT_BYTES)}
-"""By the names that glibc's tunables have: the number in ``malloc.h``, and what is asked for."""
-
-ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(KEPT_BYTES),
-    "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES),
+_SETTINGS = {
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_THRESHOLD_": (-3, KEPT_BYTES),
+    "MALLOC_TRIM_THRESHOLD_": (-1, KEPT_BYTES),
 }
-"""The same for processes that are yet to be started. Ray's workers have threads, and an arena for each, before any of
-our code runs in them: TileDB's threads then share those, which are given back whatever the thresholds say."""
+"""glibc's variable for each: its number in ``malloc.h``, and what is asked for."""
+
+
+def environment() -> dict[str, str]:
+    """The same for processes that are yet to be started, without what is said already.
+
+    Ray's workers have threads, and an arena for each, before any of our code runs in them: TileDB's threads then share
+    those, which are given back whatever the thresholds say.
+    """
+    return {name: str(value) for name, (_, value) in _SETTINGS.items() if not _is_told(name)}
 
 
 @cache
@@ -51,6 +56,6 @@ def keep_memory() -> bool:
 
 
 def _is_told(name: str) -> bool:
-    """Whether whoever started the process said how they want it."""
-    variables = f"MALLOC_{name.upper()}", f"MALLOC_{name.upper()}_"
-    return any(one in os.environ for one in variables) or f"malloc.{name}=" in os.environ.get("GLIBC_TUNABLES", "")
+    """Whether whoever started the process said how they want it, by the variable or by the tunable of the name."""
+    tunable = f"glibc.malloc.{name.removeprefix('MALLOC_').strip('_').lower()}="
+    return name in os.environ or tunable in os.environ.get("GLIBC_TUNABLES", "")

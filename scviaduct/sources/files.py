@@ -16,7 +16,7 @@ from scviaduct.errors import SourceChangedError, SourceError
 from scviaduct.sources.containers import open_container
 from scviaduct.sources.content import Content, Place, contents, nothing_at
 from scviaduct.sources.filters import parse_filter
-from scviaduct.sources.obs import PRIMARY, Cells, RowRule, normal, select
+from scviaduct.sources.obs import PRIMARY, Cells, RowRule, comparable, select
 from scviaduct.sources.source import BATCH_ROWS, REPLAN, TableSource
 from scviaduct.sources.unreadable import FILE_ERRORS, quarantined, reading, refused, told
 from scviaduct.sources.uri import Address, local_path, quoted_url
@@ -137,7 +137,7 @@ class FileSource(TableSource):
             table = pa.table({name: self._obs.read(name, first, last) for name in needed})
             passed = None
             if self._filter:
-                plain = {name: normal(table[name], name, f"obs of {self.source}") for name in filtered}
+                plain = {name: comparable(table[name], name, f"obs of {self.source}") for name in filtered}
                 passed = self._filter.mask(pa.table(plain))
             yield select(np.arange(first, last, dtype=np.int64), table, self._rule, columns, passed)
 

@@ -73,7 +73,7 @@ def normal(array: pa.Array | pa.ChunkedArray, name: str, where: str) -> pa.Array
 
 
 def comparable(array: pa.ChunkedArray, name: str, where: str) -> pa.Array:
-    """What a filter compares: :func:`normal`, but categories have the type of their values.
+    """What a filter compares in any source: :func:`normal`, but categories have the type of their values.
 
     Raises
     ------

@@ -217,9 +217,9 @@ class SomaSource(TableSource):
     ) -> Iterator[pa.Table]:
         """Read a data frame, or its rows of some joinids, with TileDB's complaints turned into ours.
 
-        Rows are filtered here, as those of files are. TileDB-SOMA makes a context of its own for every condition it is
-        given, which takes 10 ms and gives all of the process's free memory back to the system (``malloc_trim``): to
-        take it again is a fifth of a shard's read.
+        Rows are filtered here, not by TileDB-SOMA: it makes a context of its own for every condition it is given, which
+        takes 10 ms and gives all of the process's free memory back to the system (``malloc_trim``). To take it again is
+        a fifth of a shard's read. Ranges of joinids where obs is indexed on something else still pay for that.
         """
         wanted = tuple(dict.fromkeys((*columns, *(chosen.columns if chosen else ()))))
         condition = None if within is None else f"{JOINID} >= {within[0]} and {JOINID} < {within[1]}"
@@ -227,7 +227,7 @@ class SomaSource(TableSource):
         where = f"{'obs' if frame is self._obs else 'var'} of {self.source}"
         for table in each(lambda: read, where, SOMA_ERRORS):
             if chosen is None:
-                yield table if (np.diff(table[JOINID].to_numpy()) > 0).all() else table.sort_by(JOINID)
+                yield table
                 continue
             for first in range(0, len(table), BATCH_ROWS):  # what is decoded for the filter is bounded
                 batch = table.slice(first, BATCH_ROWS)
