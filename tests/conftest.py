@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# As the sources set it for themselves (scviaduct.sources.somacounts.buffers): tests compare with plain TileDB-SOMA,
+# whose small reads would otherwise end a test process now and then.
+os.environ["TILEDB_SM_QUERY_SPARSE_GLOBAL_ORDER_PREPROCESS_TILE_MERGE"] = "0"
+
 SHARED = Path(os.environ.get("SCVIADUCT_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

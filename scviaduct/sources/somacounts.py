@@ -45,11 +45,15 @@ def buffers() -> dict[str, int | str]:
     It decodes in one thread: readers are processes, and on their cores a second thread only waits. Requests to an
     object store still go out side by side. Freed memory is kept: given back after every query, as is TileDB's default,
     it is half of a read's time in page faults.
+
+    Tiles of several fragments are merged as they are read, not put in order beforehand: TileDB 2.28 to 2.30 does that
+    in a task that it does not wait for, and the process dies where a small read ends first (TileDB pull request 5723).
     """
     return {
         "soma.init_buffer_bytes": BUFFER_BYTES,
         "sm.mem.tile_upper_memory_limit": DECODED_BYTES,
         "sm.mem.malloc_trim": "false",
+        "sm.query.sparse_global_order.preprocess_tile_merge": 0,
         "sm.compute_concurrency_level": 1,
         "soma.compute_concurrency_level": 1,
     }

@@ -254,6 +254,15 @@ def test_write_changes_the_version_and_a_copy_does_not(experiment, counts, tmp_p
         open_source(pinned)
 
 
+def test_tiles_are_not_put_in_order_by_a_task_that_outlives_its_read(experiment, counts, census_collection):
+    """It is TileDB's default, and kills the process in one of a few thousand small reads."""
+    urls = (f"soma:{experiment({'n': range(30)}, counts)}", f"census:sim?uri={census_collection}")
+    for url in urls:
+        with open_source(url) as source:
+            told = source._obs.context.tiledb_config
+        assert int(told["sm.query.sparse_global_order.preprocess_tile_merge"]) == 0
+
+
 def test_filter_that_compares_unlike_things(experiment, counts):
     url = experiment({"n": range(30)}, counts)
     with (
