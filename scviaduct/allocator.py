@@ -15,10 +15,14 @@ from functools import cache
 
 KEPT_BYTES = 512 << 20
 """Free memory that a process keeps at most, and the largest piece that is kept: two arrays of a block of all genes."""
+HEAP_BYTES = 64 << 20
+"""An arena of a thread grows by heaps of this size, and gives an empty one back whatever the thresholds say, unless the
+heap before it would then have less room than the padding."""
 _SETTINGS = {
     "MALLOC_ARENA_MAX": (-8, 1),
     "MALLOC_MMAP_THRESHOLD_": (-3, KEPT_BYTES),
     "MALLOC_TRIM_THRESHOLD_": (-1, KEPT_BYTES),
+    "MALLOC_TOP_PAD_": (-2, HEAP_BYTES),
 }
 """glibc's variable for each: its number in ``malloc.h``, and what is asked for."""
 
@@ -27,7 +31,7 @@ def environment() -> dict[str, str]:
     """The same for processes that are yet to be started, without what is said already.
 
     Ray's workers have threads, and an arena for each, before any of our code runs in them: TileDB's threads then share
-    those, which are given back whatever the thresholds say.
+    those, and fill each of them.
     """
     return {name: str(value) for name, (_, value) in _SETTINGS.items() if not _is_told(name)}
 

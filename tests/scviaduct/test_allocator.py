@@ -15,18 +15,37 @@ import numpy as np
 from scviaduct.allocator import keep_memory
 
 kept = keep_memory()
-np.ones(8 << 20)  # 64 MB, freed at once
+np.ones(16 << 20)  # 128 MB, freed at once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    np.ones(8 << 20)
+for _ in range(5):
+    np.ones(16 << 20)
+print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]))
+"""
+
+THREAD = """
+import json, resource, threading
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from scviaduct.allocator import keep_memory
+
+def fill():
+    held = [np.ones(1 << 17) for _ in range(150)]  # 150 MB, in three heaps of an arena
+
+with ThreadPoolExecutor(1) as pool:
+    pool.submit(np.ones, 10_000).result()  # the thread takes an arena of its own
+    kept = keep_memory()
+    pool.submit(fill).result()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        pool.submit(fill).result()
 print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]))
 """
 
 
-def run(**variables):
+def run(program=PROGRAM, **variables):
     # numpy asks for huge pages, of which there may be some at one time and none at another.
     told = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"} | variables
-    found = subprocess.run([sys.executable, "-c", PROGRAM], env=told, capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", program], env=told, capture_output=True, text=True, check=True)
     return json.loads(found.stdout)
 
 
@@ -35,6 +54,13 @@ def test_freed_memory_is_taken_again_without_faults():
     kept, faults = run()
     assert kept
     assert faults < 100  # of 4 KiB; all of it are 160,000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
+def test_a_thread_that_had_an_arena_before_keeps_its_memory_too():
+    kept, faults = run(THREAD)
+    assert kept
+    assert faults < 100  # 6,400 where heaps that are empty go back
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
