@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from scviaduct.sources.counts import GeneTarget
     from scviaduct.values import IntArray, LongArray
 
-BUFFER_BYTES = 4 << 20
-"""TileDB's buffer for each column; a Census's own default is 1 GiB. The larger it is, the more often glibc takes new
-memory for a table, which the kernel clears: 21.0k, 20.0k, 17.4k and 14.1k cells per CPU-second at 4, 8, 16, 32 MiB."""
-DECODED_BYTES = 128 << 20
-"""What TileDB decodes before it fills buffers. Less costs time (24k instead of 31k at 64 MiB, for memory that is given
-back and taken again); without a limit it is the whole slab."""
+BUFFER_BYTES = 16 << 20
+"""TileDB's buffer for each column; a Census's own default is 1 GiB. Every table that it fills costs a thread: 20.3k,
+22.4k, 23.1k, 21.5k and 23.6k cells per CPU-second at 4, 8, 16, 24 and 32 MiB, medians of 16."""
+DECODED_BYTES = 64 << 20
+"""What TileDB decodes before it fills buffers. From 32 to 256 MiB it takes the same time; without a limit it is the
+whole slab."""
 TILE_ROWS = 2048
 """Rows of a tile of X (the extent that TileDB-SOMA gives by default); a slab that splits one decodes it twice."""
 SOMA_ERRORS = (tiledbsoma.SOMAError, RuntimeError, OSError)
