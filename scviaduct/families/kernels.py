@@ -17,12 +17,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from scviaduct.compiling import compiled
+from scviaduct.lanes import (
+    LANES,
+    LONG,
+    ZEROS,
+    bits_of,
+    element,
+    fma,
+    load,
+    multiply_add,
+    number_of,
+    spread,
+    store,
+    typed_intrinsic,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,12 +52,7 @@ _TILE_GENES = 2048
 _CHAIN = 48
 """Products summed from zero before they are added to a cell's sums. 16, 32 and 64 leave as little rounding in a latent;
 a SCANVI's probabilities came nearest to scvi-tools' with this."""
-_LANES = 16
-_LINES = WIDTH // _LANES
-_FLOAT, _LONG = ir.FloatType(), ir.IntType(64)
-_VECTOR = ir.VectorType(_FLOAT, _LANES)
-_ZEROS = ir.Constant(_VECTOR, [0.0] * _LANES)
-_intrinsic: Any = intrinsic  # whose types are of what generates code, not of what is called
+_LINES = WIDTH // LANES
 
 
 def _array(dtype: types.Type, dimensions: int = 1, *, written: bool = False) -> types.Array:
@@ -56,36 +63,7 @@ _counts, _rows, _features = _array(types.float32), _array(types.int64), _array(t
 _weights, _table, _sums = _array(types.float32, 3), _array(types.float32, 2), _array(types.float32, 2, written=True)
 
 
-def _start(context: Any, builder: Any, kind: Any, value: Any, offset: Any) -> Any:
-    """Address of an element of an array, counted in elements from its first."""
-    return builder.gep(context.make_array(kind)(context, builder, value).data, [offset])
-
-
-def _load(builder: Any, start: Any, line: int) -> Any:
-    address = builder.gep(start, [_LONG(line * _LANES)])
-    return builder.load(builder.bitcast(address, _VECTOR.as_pointer()), align=4)
-
-
-def _store(builder: Any, value: Any, start: Any, line: int) -> None:
-    address = builder.gep(start, [_LONG(line * _LANES)])
-    builder.store(value, builder.bitcast(address, _VECTOR.as_pointer()), align=4)
-
-
-def _spread(builder: Any, value: Any) -> Any:
-    """A number in every lane."""
-    none, first = ir.Constant(_VECTOR, ir.Undefined), ir.IntType(32)
-    one = builder.insert_element(none, value, first(0))
-    return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(first, _LANES), [0] * _LANES))
-
-
-def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    """``x * y + z``, rounded once."""
-    name = "llvm.fma.v16f32" if x.type == _VECTOR else "llvm.fma.f32"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(x.type, [x.type] * 3), name)
-    return builder.call(function, [x, y, z])
-
-
-@_intrinsic
+@typed_intrinsic
 def _gathered(
     _typing: Any, sums: Any, weights: Any, places: Any, genes: Any, values: Any, start: Any, stop: Any
 ) -> Any:
@@ -96,26 +74,26 @@ def _gathered(
     signature = types.void(sums, weights, places, genes, values, start, stop)
 
     def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
-        kinds, zero = signature.args, _LONG(0)
+        kinds, zero = signature.args, LONG(0)
         at = [builder.extract_value(args[2], i) for i in range(2)]
-        out, rows = (_start(context, builder, kinds[i], args[i], at[i]) for i in range(2))
-        gene, value = (_start(context, builder, kinds[i], args[i], zero) for i in (3, 4))
-        held = [cgutils.alloca_once_value(builder, _ZEROS) for _ in range(_LINES)]
-        with cgutils.for_range_slice(builder, args[5], args[6], _LONG(1)) as (place, _):
-            number = builder.zext(builder.load(builder.gep(gene, [place])), _LONG)
-            row = builder.gep(rows, [builder.mul(number, _LONG(WIDTH))])
-            factor = _spread(builder, builder.load(builder.gep(value, [place])))
+        out, rows = (element(context, builder, kinds[i], args[i], at[i]) for i in range(2))
+        gene, value = (element(context, builder, kinds[i], args[i], zero) for i in (3, 4))
+        held = [cgutils.alloca_once_value(builder, ZEROS) for _ in range(_LINES)]
+        with cgutils.for_range_slice(builder, args[5], args[6], LONG(1)) as (place, _):
+            number = builder.zext(builder.load(builder.gep(gene, [place])), LONG)
+            row = builder.gep(rows, [builder.mul(number, LONG(WIDTH))])
+            factor = spread(builder, builder.load(builder.gep(value, [place])))
             for line, total in enumerate(held):
-                weight = _load(builder, row, line)
-                builder.store(_multiply_add(builder, factor, weight, builder.load(total)), total)
+                weight = load(builder, row, line)
+                builder.store(multiply_add(builder, factor, weight, builder.load(total)), total)
         for line, total in enumerate(held):
-            _store(builder, builder.fadd(_load(builder, out, line), builder.load(total)), out, line)
+            store(builder, builder.fadd(load(builder, out, line), builder.load(total)), out, line)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-@_intrinsic
+@typed_intrinsic
 def _multiplied(_typing: Any, sums: Any, values: Any, weights: Any, places: Any, steps: Any, size: Any) -> Any:
     """Add to 64 sums of :data:`ROWS` cells the product of so many of their values with the weights.
 
@@ -126,50 +104,28 @@ def _multiplied(_typing: Any, sums: Any, values: Any, weights: Any, places: Any,
 
     def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
         at = [builder.extract_value(args[3], i) for i in range(3)]
-        out, inputs, rows = (_start(context, builder, signature.args[i], args[i], at[i]) for i in range(3))
+        out, inputs, rows = (element(context, builder, signature.args[i], args[i], at[i]) for i in range(3))
         outs, ins = (
-            [builder.gep(first, [builder.mul(builder.extract_value(args[4], i), _LONG(row))]) for row in range(ROWS)]
+            [builder.gep(first, [builder.mul(builder.extract_value(args[4], i), LONG(row))]) for row in range(ROWS)]
             for i, first in enumerate((out, inputs))
         )
         # 24 vectors are registers of AVX-512; other processors take a quarter at a time, twelve registers of AVX2.
         together = _LINES if "+avx512f" in context.codegen().magic_tuple()[2] else 1
         for lines in (range(line, line + together) for line in range(0, _LINES, together)):
-            held = [[cgutils.alloca_once_value(builder, _ZEROS) for _ in lines] for _ in range(ROWS)]
+            held = [[cgutils.alloca_once_value(builder, ZEROS) for _ in lines] for _ in range(ROWS)]
             with cgutils.for_range(builder, args[5]) as loop:
-                row = builder.gep(rows, [builder.mul(loop.index, _LONG(WIDTH))])
-                weight = [_load(builder, row, line) for line in lines]
+                row = builder.gep(rows, [builder.mul(loop.index, LONG(WIDTH))])
+                weight = [load(builder, row, line) for line in lines]
                 for start, totals in zip(ins, held, strict=True):
-                    factor = _spread(builder, builder.load(builder.gep(start, [loop.index])))
+                    factor = spread(builder, builder.load(builder.gep(start, [loop.index])))
                     for part, total in zip(weight, totals, strict=True):
-                        builder.store(_multiply_add(builder, factor, part, builder.load(total)), total)
+                        builder.store(multiply_add(builder, factor, part, builder.load(total)), total)
             for start, totals in zip(outs, held, strict=True):
                 for line, total in zip(lines, totals, strict=True):
-                    _store(builder, builder.fadd(_load(builder, start, line), builder.load(total)), start, line)
+                    store(builder, builder.fadd(load(builder, start, line), builder.load(total)), start, line)
         return context.get_dummy_value()
 
     return signature, generate
-
-
-@_intrinsic
-def _fma(_typing: Any, x: Any, y: Any, z: Any) -> Any:
-    """``x * y + z``, rounded once."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Sequence[Any]) -> Any:
-        return _multiply_add(builder, *args)
-
-    return types.float32(x, y, z), generate
-
-
-@_intrinsic
-def _bits(_typing: Any, value: Any) -> Any:
-    """The bits of a float32, as int32."""
-    return types.int32(value), lambda _context, builder, _signature, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@_intrinsic
-def _number(_typing: Any, bits: Any) -> Any:
-    """The float32 of some bits."""
-    return types.float32(bits), lambda _context, builder, _signature, args: builder.bitcast(args[0], _FLOAT)
 
 
 _TWO_THIRDS = np.int32(np.float32(2 / 3).view(np.int32))
@@ -189,15 +145,15 @@ def logarithms(counts: FloatArray, out: FloatArray) -> None:
     """
     for i in range(len(counts)):
         whole = _ONE + counts[i]
-        bits = _bits(whole)
+        bits = bits_of(whole)
         power = (bits - _TWO_THIRDS) >> _EXPONENT  # of the multiple of two that is within a third of it
-        scale = _number(np.int32(max(_BIAS - power, np.int32(0)) << _EXPONENT))
+        scale = number_of(np.int32(max(_BIAS - power, np.int32(0)) << _EXPONENT))
         lost = counts[i] - (whole - _ONE)  # by rounding 1 + count
-        rest = _fma(lost, scale, _number(np.int32(bits - (power << _EXPONENT))) - _ONE)
+        rest = fma(lost, scale, number_of(np.int32(bits - (power << _EXPONENT))) - _ONE)
         total = _SERIES[0]
         for factor in _SERIES[1:]:
-            total = _fma(total, rest, factor)
-        out[i] = _fma(np.float32(power), _LOG_2, _fma(rest * rest, total, rest))
+            total = fma(total, rest, factor)
+        out[i] = fma(np.float32(power), _LOG_2, fma(rest * rest, total, rest))
 
 
 @compiled(_array(types.int64, 2, written=True)(_rows, _features, types.int64))
