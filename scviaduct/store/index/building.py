@@ -18,6 +18,7 @@ import numpy as np
 from scviaduct.errors import StoreError
 from scviaduct.store.index import calibration
 from scviaduct.store.index.assigned import forget
+from scviaduct.store.index.comparing import MOST
 from scviaduct.store.index.linking import link, told_of
 from scviaduct.store.index.manifest import Manifest, Part, built, is_built, place, remove, remove_old
 from scviaduct.store.index.opened import Index
@@ -288,6 +289,9 @@ class _Build:
             cells += mapped[owner[name]][name]
         if not cells:
             raise self._nothing()
+        if cells > MOST:
+            problem = f"Version {self.snapshot.version} has {cells:,} cells with a latent, more than the {MOST:,} that"
+            raise StoreError(f"{problem} an index orders.", "Map into several stores, and search each.")
         parts = []
         for task in tasks:
             live = [name for name in told[task.id]["names"] if name in base and owner[name] == task.id]

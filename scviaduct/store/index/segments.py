@@ -174,8 +174,8 @@ def in_lists(latent: FloatArray, lists: IntArray, count: int) -> tuple[FloatArra
     Returns
     -------
     tuple
-        ``x`` and ``offsets`` as :func:`scviaduct.store.index.kernels.scan` takes them, and int64, shape ``(n,)``: which
-        vector comes where.
+        ``x`` and ``offsets`` as :func:`scviaduct.store.index.comparing.scan` takes them, and int64, shape ``(n,)``:
+        which vector comes where.
     """
     order = np.argsort(lists, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=count))]).astype(np.int64)
@@ -202,7 +202,7 @@ class Segment:
     Attributes
     ----------
     x, offsets
-        float32, flat; int64, shape ``(lists + 1,)``: the vectors, as :func:`scviaduct.store.index.kernels.scan` takes
+        float32, flat; int64, shape ``(lists + 1,)``: the vectors, as :func:`scviaduct.store.index.comparing.scan` takes
         them.
     files, rows
         int32, shape ``(n,)``: file of each vector, and its place among the cells of the file.

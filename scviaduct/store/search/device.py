@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from scviaduct.store.index.kernels import among
-from scviaduct.store.index.scanning import SLOT, Found, scan_all
+from scviaduct.store.index.comparing import among
+from scviaduct.store.index.scanning import SLOT, Found, Nearest, scan_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,12 +87,10 @@ class DeviceVectors:
 
     def _compared(self, latent: FloatArray, slots: LongArray, k: int) -> Found:
         """The k nearest of each query's candidates, compared as the exact search compares."""
-        found = Found.none(len(latent), k)
         vectors = np.empty((*slots.shape, latent.shape[1]), np.float32)
         positions = np.empty(slots.shape, np.int64)
         for number, segment in self._segments.items():
             here = slots >> SLOT == number
             elements = slots[here] & ((1 << SLOT) - 1)
             vectors[here], positions[here] = segment.vectors(elements), segment.positions(elements)
-        among(vectors, positions, slots, latent, *found)
-        return found
+        return Nearest.of(among(vectors, positions, latent), slots, k).found()
