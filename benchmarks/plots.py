@@ -56,10 +56,11 @@ def _bars(axis: Axes, group: str, found: list[dict[str, Any]]) -> None:
         axis.barh(place, rate, color=_OTHERS if place else _FIRST, height=0.7)
         each = [one["amount"] / sample["cpu"] for sample in one["samples"]]
         axis.plot(each, [place] * len(each), "|", color="black", markersize=7)
-        axis.annotate(f" {rate:,.4g}", (max(rate, *each, 0), place), va="center")
+        axis.annotate(f" {rate:,.0f}" if rate >= 1_000 else f" {rate:,.3g}", (max(rate, *each, 0), place), va="center")
     axis.set_yticks(range(len(found)), [one["way"] for one in found])
     axis.invert_yaxis()
     axis.margins(x=0.15)
+    axis.xaxis.set_major_formatter("{x:,.10g}")
     axis.set_title(f"{group}: {found[0]['unit'] if found else ''} per CPU-second", loc="left", fontsize=9)
 
 
@@ -73,5 +74,6 @@ def _growth(told: dict[str, Any]) -> Any:
         (axes[1], "peak memory, GiB", [run["peak_bytes"] / 2**30 for run in runs]),
     ):
         axis.plot(cells, values, "o-", color=_FIRST)
-        axis.set(xlabel="cells", ylabel=label, xlim=(0, None), ylim=(0, None))
+        axis.set(xlabel="cells", ylabel=label, xlim=(0, 1.05 * max(cells)), ylim=(0, 1.1 * max(values)))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     return figure
