@@ -23,7 +23,7 @@ print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - bef
 """
 
 THREAD = """
-import json, resource, threading
+import json, resource
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scviaduct.allocator import keep_memory

@@ -133,6 +133,11 @@ class _Build:
 
     def run(self, *, anew: bool) -> None:
         """Write the whole index, the manifest last."""
+        if self.snapshot.cells > MOST:
+            told = (
+                f"Version {self.snapshot.version} of {self.space.name} has {self.snapshot.cells:,} cells, more than the"
+            )
+            raise StoreError(f"{told} {MOST:,} that an index orders.", "Map into several stores, and search each.")
         quantizer = None if anew else self._known()
         known = quantizer is not None
         quantizer = quantizer or self._train()
@@ -289,9 +294,6 @@ class _Build:
             cells += mapped[owner[name]][name]
         if not cells:
             raise self._nothing()
-        if cells > MOST:
-            problem = f"Version {self.snapshot.version} has {cells:,} cells with a latent, more than the {MOST:,} that"
-            raise StoreError(f"{problem} an index orders.", "Map into several stores, and search each.")
         parts = []
         for task in tasks:
             live = [name for name in told[task.id]["names"] if name in base and owner[name] == task.id]

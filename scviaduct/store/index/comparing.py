@@ -42,6 +42,8 @@ LAST = np.iinfo(np.int64).max
 """Position of a neighbour that is not there."""
 MOST = 2**32 - 1
 """The largest position that a key has room for."""
+FARTHEST = np.uint64(np.float32(np.inf).view(np.uint32)) << np.uint64(32) | np.uint64(MOST)
+"""The largest key: at an infinite distance."""
 _ALL, _ONE, _HALF, _LOW = np.uint64(2**64 - 1), np.uint64(1), np.uint64(32), np.uint64(MOST)
 
 _compiled = compiled(error_model="numpy")
@@ -143,6 +145,12 @@ def _key(distance: float, position: int) -> Any:
 
 
 @_compiled
+def _bound(key: Any) -> Any:
+    """The distance of a key."""
+    return number_of(np.int32(key >> _HALF))
+
+
+@_compiled
 def _thin(key: Any, slot: Any, q: int, n: int, k: int) -> Any:
     """Keep the k nearest of a query's first n, in any order; the key of the farthest of them.
 
@@ -188,12 +196,14 @@ def scan(
     key: Any,
     slots: Any,
     limit: Any,
-    bound: Any,
-    count: Any,
+    places: Any,
     k: int,
     first: int,
 ) -> None:
     """Offer the vectors of lists to queries.
+
+    One long loop: what numba calls from several places it does not inline, and a call that hands over ten arrays takes
+    longer than what it would do here.
 
     Parameters
     ----------
@@ -210,7 +220,7 @@ def scan(
         0 for all queries with all lists.
     latent
         float32, shape ``(n_queries, d)``.
-    key, slots, limit, bound, count, k
+    key, slots, limit, places, k
         Of a :class:`scviaduct.store.index.scanning.Nearest`; the arrays change.
     first
         Slot of vector 0.
@@ -223,7 +233,7 @@ def scan(
         head = 0 if every else starts[one]
         n = len(latent) if every else starts[one + 1] - head
         wide = TILE if m >= TILE else min(m, LANES)
-        # The next list is brought nearer meanwhile, some lines a tile, which nearly halves the time of a batch.
+        # The next list is brought nearer meanwhile, some lines a tile: a third to a half of a batch waited for memory.
         after = one + 1
         while n and not every and after < len(offsets) - 1 and starts[after + 1] == starts[after]:
             after += 1
@@ -252,16 +262,16 @@ def scan(
                         _fetch(x, place)
                     ahead += stride
                     if together > 1:
-                        bounds = bound[a], bound[b], bound[c], bound[e]
+                        bounds = _bound(limit[a]), _bound(limit[b]), _bound(limit[c]), _bound(limit[e])
                         within = _four(x, at, m, flat, (a * d, b * d, c * d, e * d), d, bounds, out)
                     elif j + 4 * TILE <= stop:
                         words, far = 4, TILE
-                        within = _long(x, at, m, flat, (a * d,), d, (bound[a],), out)
+                        within = _long(x, at, m, flat, (a * d,), d, (_bound(limit[a]),), out)
                     elif wide == TILE:
-                        (bits,) = _one(x, at, m, flat, (a * d,), d, (bound[a],), out)
+                        (bits,) = _one(x, at, m, flat, (a * d,), d, (_bound(limit[a]),), out)
                         within = bits, bits, bits, bits
                     elif wide == LANES:
-                        (bits,) = _few(x, at, m, flat, (a * d,), d, (bound[a],), out)
+                        (bits,) = _few(x, at, m, flat, (a * d,), d, (_bound(limit[a]),), out)
                         within = bits, bits, bits, bits
                     else:
                         for v in range(m):
@@ -280,30 +290,31 @@ def scan(
                             new = _key(out[row + v], start + rows[element])
                             if new > limit[q]:
                                 continue
-                            key[q, count[q]], slots[q, count[q]] = new, first + element
-                            count[q] += 1
-                            if count[q] == width:
-                                limit[q] = _thin(key, slots, q, width, k)
-                                bound[q], count[q] = number_of(np.int32(limit[q] >> _HALF)), k
+                            key[q, places[q]], slots[q, places[q]] = new, first + element
+                            places[q] += 1
+                            if places[q] == width:
+                                limit[q], places[q] = _thin(key, slots, q, width, k), k
                     j += 4 * TILE if far else wide
                 i += together
 
 
 @_compiled
-def settle(key: Any, slots: Any, count: Any, distance: Any, position: Any, slot: Any) -> None:
+def settle(key: Any, slots: Any, places: Any, distance: Any, position: Any, slot: Any) -> None:
     """Sort the k nearest of each query, and take their keys apart.
 
     Parameters
     ----------
-    key, slots, count
-        Of a :class:`scviaduct.store.index.scanning.Nearest`; of no use afterwards.
+    key, slots
+        uint64, int64, shape ``(n_queries, n)``: what was compared; of no use afterwards.
+    places
+        int64, shape ``(n_queries,)``: how many there are of each.
     distance, position, slot
         float32, int64, int64, shape ``(n_queries, k)``: what is filled in; infinite, :data:`LAST` and -1 where there is
         no neighbour.
     """
     k = distance.shape[1]
     for q in range(len(key)):
-        n = count[q]
+        n = places[q]
         if n > k:
             _thin(key, slots, q, n, k)
             n = k
@@ -319,7 +330,7 @@ def settle(key: Any, slots: Any, count: Any, distance: Any, position: Any, slot:
                 key[q, j], slots[q, j] = one, place
             gap //= 3
         for i in range(n):
-            distance[q, i] = number_of(np.int32(key[q, i] >> _HALF))
+            distance[q, i] = _bound(key[q, i])
             position[q, i], slot[q, i] = np.int64(key[q, i] & _LOW), slots[q, i]
         distance[q, n:], position[q, n:], slot[q, n:] = np.inf, LAST, -1
 

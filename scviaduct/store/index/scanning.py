@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scviaduct.store.index.comparing import LAST, scan, settle
+from scviaduct.store.index.comparing import FARTHEST, LAST, scan, settle
 from scviaduct.store.index.kernels import invert
 from scviaduct.store.index.quantizer import cores
 
@@ -101,8 +101,8 @@ class Nearest(NamedTuple):
     ----------
     key, slots
         uint64, int64, shape ``(n_queries, width)``: bits of the squared distance above the position; and the slot.
-    limit, bound
-        uint64, float32, shape ``(n_queries,)``: key of the k-th of those that were compared last, and its distance.
+    limit
+        uint64, shape ``(n_queries,)``: key of the k-th when the row was last full; what is beyond it is passed over.
     places
         int64, shape ``(n_queries,)``: how many there are.
     k
@@ -112,7 +112,6 @@ class Nearest(NamedTuple):
     key: npt.NDArray[np.uint64]
     slots: LongArray
     limit: npt.NDArray[np.uint64]
-    bound: FloatArray
     places: LongArray
     k: int
 
@@ -120,22 +119,20 @@ class Nearest(NamedTuple):
     def none(cls, queries: int, k: int) -> Nearest:
         """None yet."""
         shape = queries, k + max(_MORE, k // 4)
-        limit, bound = np.full(queries, np.uint64(2**64 - 1)), np.full(queries, np.float32(np.inf))
-        slots, places = np.empty(shape, np.int64), np.zeros(queries, np.int64)
-        return cls(np.empty(shape, np.uint64), slots, limit, bound, places, k)
-
-    @classmethod
-    def of(cls, key: npt.NDArray[np.uint64], slot: LongArray, k: int) -> Nearest:
-        """Of all that were compared."""
-        queries, n = key.shape
-        return cls(key, slot, key[:, 0], np.zeros(queries, np.float32), np.full(queries, n), k)
+        limit, places = np.full(queries, FARTHEST), np.zeros(queries, np.int64)
+        return cls(np.empty(shape, np.uint64), np.empty(shape, np.int64), limit, places, k)
 
     def found(self) -> Found:
         """The k of each query, the nearest first. Nothing is kept here."""
-        shape = len(self.key), self.k
-        found = Found(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(shape, np.int64))
-        settle(self.key, self.slots, self.places, *found)
-        return found
+        return settled(self.key, self.slots, self.places, self.k)
+
+
+def settled(key: npt.NDArray[np.uint64], slots: LongArray, places: LongArray, k: int) -> Found:
+    """The k nearest of what was compared, which is lost: see :func:`scviaduct.store.index.comparing.settle`."""
+    shape = len(key), k
+    found = Found(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(shape, np.int64))
+    settle(key, slots, places, *found)
+    return found
 
 
 class Block(NamedTuple):
@@ -173,8 +170,8 @@ def scan_blocks(blocks: Sequence[Block], latent: FloatArray, k: int) -> Found:
 def scan_lists(blocks: Sequence[Block], latent: FloatArray, k: int, order: LongArray, upto: LongArray) -> Found:
     """Compare each query with some lists of blocks; each list is read once, for all of its queries.
 
-    To begin with the nearest list of each, so that most of what the others hold is too far already, would spare half of
-    what is kept for a while, and have nearly all of the memory read twice.
+    To begin with the nearest list of each, so that most of what the others hold is too far already, would spare some of
+    what is kept for a while, and have much of the memory read twice.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from scviaduct.store.index.comparing import among
-from scviaduct.store.index.scanning import SLOT, Found, Nearest, scan_all
+from scviaduct.store.index.scanning import SLOT, Found, scan_all, settled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,4 +93,4 @@ class DeviceVectors:
             here = slots >> SLOT == number
             elements = slots[here] & ((1 << SLOT) - 1)
             vectors[here], positions[here] = segment.vectors(elements), segment.positions(elements)
-        return Nearest.of(among(vectors, positions, latent), slots, k).found()
+        return settled(among(vectors, positions, latent), slots, np.full(len(slots), slots.shape[1]), k)

@@ -255,7 +255,7 @@ def test_write_changes_the_version_and_a_copy_does_not(experiment, counts, tmp_p
 
 
 def test_tiles_are_not_put_in_order_by_a_task_that_outlives_its_read(experiment, counts, census_collection):
-    """It is TileDB's default, and kills the process in one of a few thousand small reads."""
+    """It is TileDB's default, and kills the process in a small read now and then."""
     urls = (f"soma:{experiment({'n': range(30)}, counts)}", f"census:sim?uri={census_collection}")
     for url in urls:
         with open_source(url) as source:

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from scviaduct.store.index.comparing import LAST, among
+from scviaduct.store.index.comparing import LAST, among, scan
 from scviaduct.store.index.kernels import invert, pack
-from scviaduct.store.index.scanning import _EVERY, Block, Nearest, frozen, scan, scan_blocks, scan_lists
+from scviaduct.store.index.scanning import _EVERY, Block, Nearest, frozen, scan_blocks, scan_lists
 
 SIZES = (0, 1, 15, 16, 17, 63, 0, 64, 65, 127, 255, 256, 257, 320, 700)
 """Vectors of each list: none, less than a register, and around every size that a loop takes at a time."""

@@ -349,6 +349,14 @@ def test_a_build_that_fails_leaves_nothing(lab, monkeypatch):
     assert manifest_of(lab.space) is None
 
 
+def test_more_cells_than_an_index_orders(lab, monkeypatch):
+    lab.put(range(3))
+    monkeypatch.setattr(building, "MOST", 2)
+    with pytest.raises(StoreError, match=r"has 3 cells, more than the 2 that an index orders\. Map into several"):
+        ensure_index(lab.space)
+    assert folders(lab) == []
+
+
 def test_what_a_killed_builder_left_does_not_matter(lab):
     lab.put(range(3))
     (lab.space.path / "index" / ".1.abcd").mkdir(parents=True)
