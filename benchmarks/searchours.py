@@ -76,14 +76,19 @@ def vectors(folder: str, cells: int, queries: int) -> Once:
 
 
 def batch(folder: str, cells: int, queries: int) -> Once:
-    """All queries at once: positions and distances."""
+    """All queries at once: positions and distances. Recall of queries midway between two others is told, too."""
     searcher, latent, data = _searcher(folder, cells, queries)
     hits = _hits(searcher, latent)
     reached = recall(_found(hits, len(latent)), np.load(data / "truth.npy"))
+    half = len(latent) // 2
+    between = (latent[:half] + latent[half : 2 * half]) / 2
+    truth = nearest(np.load(data / "vectors.npy", mmap_mode="r"), between)
+    told = {"recall": reached, "recall_between": recall(_found(_hits(searcher, between), half), truth)}
+    told |= {"method": hits.method, "recall_told": hits.recall}
 
     def once() -> dict[str, Any]:
         searcher.neighbors(latent, NEIGHBORS)
-        return {"recall": reached, "method": hits.method, "recall_told": hits.recall}
+        return told
 
     return once
 

@@ -50,5 +50,5 @@ def index(
     else:
         typer.echo(
             f"Index of version {made.version} {made.state}: {made.cells:,} cells in {made.segments} segments,"
-            f" {made.probes} of {made.lists} lists a query, recall {made.recall:.4f}, {made.seconds:.1f} s."
+            f" about {made.probes} of {made.lists} lists a query, recall {made.recall:.4f}, {made.seconds:.1f} s."
         )

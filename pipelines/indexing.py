@@ -34,7 +34,7 @@ class IndexResult:
     version, cells
         Of the space, and cells that can be found.
     segments, lists, probes
-        Segments, lists of each, and lists that a query looks into; 0 lists for an exact index.
+        Segments, lists of each, and lists that a query looks into on average; 0 lists for an exact index.
     recall
         Measured at 30 neighbours.
     seconds

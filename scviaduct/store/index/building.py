@@ -148,7 +148,7 @@ class _Build:
             parts, *_ = self._write(quantizer, anew=True)
         cells = sum(part.cells for part in parts)
         told = quantizer.digest if quantizer else ""
-        manifest = Manifest(self.snapshot.version, cells, self.space.n_latent, 0, 0, 1.0, 0, told, parts)
+        manifest = Manifest(self.snapshot.version, cells, self.space.n_latent, 0, 0, 0.0, 0.0, 1.0, 0, told, parts)
         calibration.calibrate(Index.of(manifest, self.folder)).save(self.folder)
 
     def _clear(self) -> None:

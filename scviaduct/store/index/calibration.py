@@ -1,13 +1,15 @@
-"""How many lists a query looks into, measured."""
+"""How far beyond its nearest list a query looks, measured."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scviaduct.store.index.scanning import Coarse, scan_all, threaded
+from scviaduct.store.index.coarse import Coarse
+from scviaduct.store.index.scanning import scan_all, threaded
 
 if TYPE_CHECKING:
     from scviaduct.store.index.manifest import Manifest
@@ -15,39 +17,51 @@ if TYPE_CHECKING:
     from scviaduct.values import FloatArray, LongArray
 
 RECALL = 0.999
-"""What the number of lists is chosen for. At a million cells in 2,000 lists, .99 takes 19 of them, .999 36 and .9999
-46, and 49, 73 and 88 microseconds a query: the last percent is cheap."""
+"""What the reach is chosen for."""
 NEIGHBORS = 30
 _SAMPLE, _COMPARED = 256, 1 << 30
 _LEAST = 32
+_SPANNED = 0.98
+"""Share of the sample whose neighbours all lie within the span; queries of which that is not so are searched twice."""
 _SEED = 0
 
 
 def calibrate(index: Index) -> Manifest:
-    """Find the least number of lists that hold the share :data:`RECALL` of the true neighbours of a sample of cells.
+    """Find the least reach within which lie the lists of the share :data:`RECALL` of a sample of cells' neighbours.
 
-    A cell is not its own neighbour here. The lists of all true neighbours are known, so every number of lists is
-    measured at once. At most 2^30 pairs of cells are compared, but at least for 32 cells: 0.4 s a million cells.
+    A cell is not its own neighbour here. The lists of all true neighbours are known, and so is the reach that each
+    takes. At most 2^30 pairs of cells are compared, but at least for 32 cells: 0.4 s a million cells.
 
     Returns
     -------
     Manifest
-        With lists, probes, recall and the size of the sample.
+        With lists, probes, reach, span, recall and the size of the sample.
     """
     manifest, quantizer = index.manifest, index.quantizer
     if quantizer is None:
         return manifest
     latent = _sample(index, max(_LEAST, min(_SAMPLE, _COMPARED // manifest.cells)))
-    lists = len(quantizer.centroids)
     wanted = min(NEIGHBORS + 1, manifest.cells)
     found = threaded(lambda part: scan_all(index.segments, part, wanted), latent)
-    order = Coarse.of(quantizer.centroids).nearest(latent, lists)
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(lists)[None], axis=1)
-    seen = np.take_along_axis(rank, _lists_of(index, found.slot[:, 1:]), axis=1)  # the first is the cell itself
-    share = np.cumsum(np.bincount(seen.ravel(), minlength=lists)) / max(1, seen.size)
-    probes = min(lists, int(np.searchsorted(share, RECALL)) + 1)
-    return replace(manifest, lists=lists, probes=probes, recall=float(share[probes - 1]), sample=len(latent))
+    coarse = Coarse.of(quantizer)
+    nearest = coarse.compare(latent, 1)
+    of_others = quantizer.centroids[_lists_of(index, found.slot[:, 1:])]  # the first is the cell itself
+    beyond = np.square(latent[:, None] - of_others).sum(axis=2) - nearest.distance
+    radius = quantizer.radii[nearest.position]
+    taken = np.sort((beyond / (radius * np.maximum(np.sqrt(nearest.distance), radius))).ravel())
+    # A little more, for what rounding leaves of a difference of squares.
+    reach = max(0.0, float(taken[math.ceil(RECALL * len(taken)) - 1])) * 1.0001 + 1e-6
+    sizes = np.sum([segment.sizes for segment in index.segments.values()], axis=0)
+    lists = coarse.within(latent, reach, sizes, 0)
+    return replace(
+        manifest,
+        lists=len(quantizer.centroids),
+        probes=math.ceil(lists.upto.mean()),
+        reach=reach,
+        span=float(np.quantile(found.distance[:, -1] / lists.square, _SPANNED)),
+        recall=float((taken <= reach).mean()),
+        sample=len(latent),
+    )
 
 
 def _sample(index: Index, cells: int) -> FloatArray:

@@ -97,12 +97,12 @@ def _near(queries: int, lines: int) -> Any:
     return near
 
 
-_four, _long = _near(4, TILE // LANES), _near(1, 4 * TILE // LANES)
+four, _long = _near(4, TILE // LANES), _near(1, 4 * TILE // LANES)
 _one, _few = _near(1, TILE // LANES), _near(1, 1)
 
 
 @typed_intrinsic
-def _lowest(_typing: Any, bits: Any) -> Any:
+def lowest(_typing: Any, bits: Any) -> Any:
     """Which is the lowest of some bits that is set; one must be."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -114,7 +114,7 @@ def _lowest(_typing: Any, bits: Any) -> Any:
 
 
 @_compiled
-def _squared(x: Any, first: int, step: int, query: Any) -> Any:
+def squared(x: Any, first: int, step: int, query: Any) -> Any:
     """Squared distance of a query to one vector, as a lane computes it."""
     total = np.float32(0)
     for c in range(len(query)):
@@ -263,7 +263,7 @@ def scan(
                     ahead += stride
                     if together > 1:
                         bounds = _bound(limit[a]), _bound(limit[b]), _bound(limit[c]), _bound(limit[e])
-                        within = _four(x, at, m, flat, (a * d, b * d, c * d, e * d), d, bounds, out)
+                        within = four(x, at, m, flat, (a * d, b * d, c * d, e * d), d, bounds, out)
                     elif j + 4 * TILE <= stop:
                         words, far = 4, TILE
                         within = _long(x, at, m, flat, (a * d,), d, (_bound(limit[a]),), out)
@@ -275,13 +275,13 @@ def scan(
                         within = bits, bits, bits, bits
                     else:
                         for v in range(m):
-                            out[v] = _squared(x, at + v, m, latent[a])
+                            out[v] = squared(x, at + v, m, latent[a])
                         bits = _ALL >> np.uint64(64 - m)
                         within = bits, bits, bits, bits
                     for t in range(words):
                         bits, q, row = within[t] & (_ALL << np.uint64(j - low)), names[t], t * TILE
                         while bits:
-                            v = _lowest(bits)
+                            v = lowest(bits)
                             bits &= bits - _ONE
                             element = begin + low + t * far + v
                             start = base[files[element]]
@@ -349,5 +349,5 @@ def among(vectors: Any, positions: Any, latent: Any) -> Any:
     key = np.empty(positions.shape, np.uint64)
     for q in range(len(latent)):
         for i in range(vectors.shape[1]):
-            key[q, i] = _key(_squared(vectors[q, i], 0, 1, latent[q]), positions[q, i])
+            key[q, i] = _key(squared(vectors[q, i], 0, 1, latent[q]), positions[q, i])
     return key

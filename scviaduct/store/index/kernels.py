@@ -18,7 +18,7 @@ def invert(order: Any, upto: Any, lists: int) -> Any:
     Parameters
     ----------
     order
-        int64, shape ``(n_queries, n)``: lists of each query, the nearest first.
+        Integers, shape ``(n_queries, n)``: lists of each query.
     upto
         int64, shape ``(n_queries,)``.
     lists

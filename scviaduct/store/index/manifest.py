@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from scviaduct.store.space import Space
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files of an index: one of another format is built anew."""
 _KEPT = 2
 _TRIES = 5
@@ -62,7 +62,10 @@ class Manifest:
     cells, dimensions
         Size; cells without a latent are not in it.
     lists, probes
-        Of the IVF index: all lists, and those that a query looks into; 0 for an exact index.
+        Of the IVF index: all lists, and those that a query looks into on average, rounded up; 0 for an exact index.
+    reach, span
+        What decides which, and squared distances beyond which a query need hardly look, as a multiple of D² + R²: see
+        :mod:`scviaduct.store.index.coarse`.
     recall
         Measured share of the 30 true neighbours found, over a sample of the index's own cells; 1 for an exact index.
     sample
@@ -78,6 +81,8 @@ class Manifest:
     dimensions: int
     lists: int
     probes: int
+    reach: float
+    span: float
     recall: float
     sample: int
     quantizer: str
@@ -105,7 +110,7 @@ class Manifest:
             Part(part["id"], part["rows"], part["cells"], tuple(part["bases"])) for part in told.pop("parts", ())
         )
         told.pop("format", None)
-        return cls(**{"sample": 0, "quantizer": "", **told}, parts=parts)
+        return cls(**{"sample": 0, "quantizer": "", "reach": 0.0, "span": 0.0, **told}, parts=parts)
 
 
 def is_built(folder: Path) -> bool:

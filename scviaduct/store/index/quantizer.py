@@ -31,6 +31,7 @@ on the benchmark's cells."""
 _MOST_LISTS = 16_384
 """Lists at most, reached at 67 million cells: the time of k-means grows with their square, 100 CPU-seconds there."""
 _SEED = 0
+_LEAST_RADIUS, _TINY = 0.3, 1e-9
 GROWTH, SPREAD, IMBALANCE = 4.0, 1.5, 2.0
 """What drift is allowed: lists of the cells of the training, times 4; their mean squared distance to the centroids,
 times 1.5; the imbalance factor (lists x sum of squared shares: what a query that falls where cells are compares, over
@@ -70,11 +71,15 @@ class Quantizer:
     ----------
     centroids
         float32, shape ``(lists, dimensions)``.
+    radii
+        float32, shape ``(lists,)``: root mean squared distance to each centroid of the sample's cells in its list; at
+        least 0.3 of that over all lists, for a list of one cell has none. Positive even where all cells are one.
     trained
         What the training saw.
     """
 
     centroids: FloatArray
+    radii: FloatArray
     trained: Trained
 
     @property
@@ -101,16 +106,16 @@ class Quantizer:
         means = faiss.Kmeans(dimensions, lists, niter=_ROUNDS, seed=_SEED, max_points_per_centroid=POINTS_PER_LIST)
         with _threads(threads):
             means.train(sample)
-        made = cls(np.ascontiguousarray(means.centroids, np.float32), Trained(cells, 0.0, 0.0))
-        found, squares = made.assign(sample, threads)
-        sizes = np.bincount(found, minlength=lists)
-        return cls(made.centroids, Trained(cells, float(squares.mean()), imbalance(sizes)))
+        centroids = np.ascontiguousarray(means.centroids, np.float32)
+        found, squares = _assign(sample, centroids, threads)
+        sizes, mean = np.bincount(found, minlength=lists), float(squares.mean())
+        radii = np.sqrt(np.bincount(found, squares, minlength=lists) / np.maximum(sizes, 1))
+        radii = np.maximum(radii, max(_LEAST_RADIUS * math.sqrt(mean), _TINY))
+        return cls(centroids, radii.astype(np.float32), Trained(cells, mean, imbalance(sizes)))
 
     def assign(self, latent: FloatArray, threads: int) -> tuple[IntArray, FloatArray]:
         """Nearest centroid of each cell, and the squared distance."""
-        with _threads(threads):
-            squares, found = faiss.knn(np.ascontiguousarray(latent, np.float32), self.centroids, 1)
-        return found[:, 0].astype(np.int32), squares[:, 0]
+        return _assign(latent, self.centroids, threads)
 
     def drift(self, sizes: LongArray, squares: float) -> str:
         """In which way cells have left what the training saw; empty if they have not.
@@ -134,6 +139,7 @@ class Quantizer:
     def save(self, folder: Path) -> None:
         """Write into the folder of an index; :meth:`load` reads it back."""
         np.save(folder / f"centroids-{self.digest}.npy", self.centroids)
+        np.save(folder / f"radii-{self.digest}.npy", self.radii)
         (folder / f"centroids-{self.digest}.json").write_text(json.dumps(asdict(self.trained)))
 
     @classmethod
@@ -145,11 +151,18 @@ class Quantizer:
         FileNotFoundError
             If it is not there, or was cut off when a machine went down.
         """
-        told, path = read_remade(folder / f"centroids-{digest}.json"), folder / f"centroids-{digest}.npy"
+        told = read_remade(folder / f"centroids-{digest}.json")
         try:
-            return cls(np.load(path), Trained(**told))
+            centroids, radii = (np.load(folder / f"{name}-{digest}.npy") for name in ("centroids", "radii"))
         except (EOFError, ValueError) as error:
-            raise FileNotFoundError(f"'{path}' is cut off ({error})") from error
+            raise FileNotFoundError(f"Files of '{folder}' are cut off ({error})") from error
+        return cls(centroids, radii, Trained(**told))
+
+
+def _assign(latent: FloatArray, centroids: FloatArray, threads: int) -> tuple[IntArray, FloatArray]:
+    with _threads(threads):
+        squares, found = faiss.knn(np.ascontiguousarray(latent, np.float32), centroids, 1)
+    return found[:, 0].astype(np.int32), squares[:, 0]
 
 
 @contextmanager

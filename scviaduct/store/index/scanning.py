@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scviaduct.store.index.comparing import FARTHEST, LAST, scan, settle
+from scviaduct.store.index.comparing import FARTHEST, LAST, MOST, scan, settle
 from scviaduct.store.index.kernels import invert
 from scviaduct.store.index.quantizer import cores
 
@@ -116,10 +116,20 @@ class Nearest(NamedTuple):
     k: int
 
     @classmethod
-    def none(cls, queries: int, k: int) -> Nearest:
-        """None yet."""
+    def none(cls, queries: int, k: int, bounds: FloatArray | None = None) -> Nearest:
+        """None yet.
+
+        Parameters
+        ----------
+        queries, k
+            How many, and neighbours of each.
+        bounds
+            float32, shape ``(n_queries,)``: squared distances beyond which nothing is taken; None for all of infinity.
+        """
         shape = queries, k + max(_MORE, k // 4)
         limit, places = np.full(queries, FARTHEST), np.zeros(queries, np.int64)
+        if bounds is not None:
+            limit = bounds.view(np.uint32).astype(np.uint64) << np.uint64(32) | np.uint64(MOST)
         return cls(np.empty(shape, np.uint64), np.empty(shape, np.int64), limit, places, k)
 
     def found(self) -> Found:
@@ -167,7 +177,14 @@ def scan_blocks(blocks: Sequence[Block], latent: FloatArray, k: int) -> Found:
     return nearest.found()
 
 
-def scan_lists(blocks: Sequence[Block], latent: FloatArray, k: int, order: LongArray, upto: LongArray) -> Found:
+def scan_lists(
+    blocks: Sequence[Block],
+    latent: FloatArray,
+    k: int,
+    order: LongArray | IntArray,
+    upto: LongArray,
+    bounds: FloatArray | None = None,
+) -> Found:
     """Compare each query with some lists of blocks; each list is read once, for all of its queries.
 
     To begin with the nearest list of each, so that most of what the others hold is too far already, would spare some of
@@ -180,9 +197,11 @@ def scan_lists(blocks: Sequence[Block], latent: FloatArray, k: int, order: LongA
     latent, k
         Queries, float32, shape ``(n_queries, dimensions)``; neighbours of each.
     order, upto
-        int64, shape ``(n_queries, n)``: lists of each, the nearest first; shape ``(n_queries,)``: how many of them.
+        Integers, shape ``(n_queries, n)``, and int64, shape ``(n_queries,)``: lists of each, in so many columns.
+    bounds
+        As :meth:`Nearest.none` takes them.
     """
-    nearest = Nearest.none(len(latent), k)
+    nearest = Nearest.none(len(latent), k, bounds)
     lists = len(blocks[0].offsets) - 1 if blocks else 0
     pairs = invert(order, upto, lists)
     for block in blocks:
@@ -193,37 +212,6 @@ def scan_lists(blocks: Sequence[Block], latent: FloatArray, k: int, order: LongA
 def scan_all(segments: Mapping[int, Segment], latent: FloatArray, k: int) -> Found:
     """Compare queries with every vector of segments."""
     return scan_blocks([Block.of(*one) for one in segments.items()], latent, k)
-
-
-class Coarse(NamedTuple):
-    """The centroids of lists, to find those that are nearest to a query.
-
-    Attributes
-    ----------
-    block
-        Centroids, as one list.
-    lists
-        int64: list of each centroid.
-    """
-
-    block: Block
-    lists: LongArray
-
-    @classmethod
-    def of(cls, centroids: FloatArray) -> Coarse:
-        """All centroids, float32, shape ``(lists, dimensions)``."""
-        m = len(centroids)
-        x = np.ascontiguousarray(centroids.T).ravel()
-        return cls(Block.plain(x, np.array([0, m]), np.arange(m, dtype=np.int32)), np.arange(m))
-
-    def among(self, lists: LongArray) -> Coarse:
-        """Those of some lists."""
-        some = Coarse.of(self.block.x.reshape(-1, len(self.lists)).T[lists])
-        return Coarse(some.block, self.lists[lists])
-
-    def nearest(self, latent: FloatArray, n: int) -> LongArray:
-        """The n nearest lists of each query, the nearest first, int64, shape ``(n_queries, n)``."""
-        return self.lists[scan_blocks([self.block], latent, n).position]
 
 
 def threaded(call: Callable[..., Found], *arrays: Any, threads: int | None = None) -> Found:

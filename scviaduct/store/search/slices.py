@@ -18,7 +18,7 @@ from scviaduct.store.search.selection import selected
 if TYPE_CHECKING:
     from scviaduct.store.index.opened import Index
     from scviaduct.store.search.device import DeviceVectors
-    from scviaduct.values import FloatArray, LongArray
+    from scviaduct.values import FloatArray, IntArray, LongArray
 
 GATHERED = 1 << 20
 """Selected cells up to which their vectors are copied together: 150 MB of 30 dimensions. Above, all cells of a list are
@@ -109,15 +109,23 @@ class Slice:
         block, slots = selection.flat
         return _named(threaded(lambda part: scan_blocks([block], part, k), latent, threads=self._threads), slots)
 
-    def probe(self, latent: FloatArray, k: int, where: str | None, order: LongArray, upto: LongArray) -> Found:
+    def probe(
+        self,
+        latent: FloatArray,
+        k: int,
+        where: str | None,
+        order: LongArray | IntArray,
+        upto: LongArray,
+        bounds: FloatArray,
+    ) -> Found:
         """The k nearest among the cells of some lists.
 
         Parameters
         ----------
         latent, k, where
             Queries, neighbours of each, and what these fulfil.
-        order, upto
-            Lists of each query, as :func:`scviaduct.store.index.scanning.scan_lists` takes them.
+        order, upto, bounds
+            Lists of each query, and how far it looks, as :func:`scviaduct.store.index.scanning.scan_lists` takes them.
         """
         slots, blocks = None, self._blocks
         if where is not None:
@@ -128,7 +136,7 @@ class Slice:
                 selection.listed = selection.listed or self._gathered(selection, in_lists=True)
                 blocks, slots = [selection.listed[0]], selection.listed[1]
         found = threaded(
-            lambda *part: scan_lists(blocks, part[0], k, *part[1:]), latent, order, upto, threads=self._threads
+            lambda *part: scan_lists(blocks, part[0], k, *part[1:]), latent, order, upto, bounds, threads=self._threads
         )
         return found if slots is None else _named(found, slots)
 

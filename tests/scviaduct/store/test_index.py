@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,47 @@ def test_neighbours_are_found(atlas, monkeypatch, where, planned):
     exact = search(lab.space, queries, K, where=where, exact=True)
     assert exact.method.startswith("exact")
     assert recall_of(exact, query, latent, chosen) == 1
+
+
+@pytest.mark.parametrize("k", [1, K, 300])
+@pytest.mark.parametrize("case", ["between clusters", "beyond them", "far away"])
+def test_strange_cells_find_their_neighbours(atlas, case, k):
+    """Cells that are like none that the index was calibrated with, whose neighbours are spread over many lists."""
+    lab, latent, _ = atlas
+    rng = np.random.default_rng(3)
+    there = latent[np.isfinite(latent).all(axis=1)]
+    one, other = there[rng.integers(0, len(there), (2, 200))]
+    query = {"between clusters": (one + other) / 2, "beyond them": 1.5 * one, "far away": one + 30}[case]
+    searcher = lab.space.searcher()
+    found = searcher.neighbors(query, k)
+    assert found.method == "IVF-Flat"
+    truth = searcher.neighbors(query, k, exact=True).found.slot
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(truth, found.found.slot, strict=True)]) >= 0.99
+
+
+@pytest.mark.parametrize("span", [0, 0.2, 0.6])
+def test_what_is_found_does_not_depend_on_bounds(atlas, span):
+    lab, latent, _ = atlas
+    index, query = ensure_index(lab.space), latent[1:300]
+    assert 0 < index.manifest.span < 1
+    told = [
+        Searcher(replace(index, manifest=replace(index.manifest, span=value)), "atlas").neighbors(query, K).found
+        for value in (span, index.manifest.span, np.inf)
+    ]
+    for one in told[:2]:
+        for mine, without in zip(one, told[2], strict=True):
+            np.testing.assert_array_equal(mine, without)
+
+
+def test_cells_that_are_all_alike(tmp_path):
+    store = Store.create(tmp_path / "store")
+    lab = Lab(store, store.create_space("atlas", DIGEST, WIDTH, ("type 0",)))
+    latent = np.ones((IVF_FROM, WIDTH), np.float32)
+    lab.commit(lab.stage(range(IVF_FROM), latent=latent))
+    searcher = lab.space.searcher()
+    assert searcher.index.manifest.recall == 1
+    for query in (latent[:3], latent[:3] + 2):
+        assert (searcher.neighbors(query, 5).found.position >= 0).all()
 
 
 def test_the_index_knows_how_good_it_is(atlas):

@@ -236,7 +236,7 @@ def test_drift_says_why():
     lopsided[0] = 2_000
     assert "imbalance" in quantizer.drift(lopsided, 0.0)
     assert imbalance(even) == pytest.approx(1)
-    assert Quantizer(centroids, trained).digest != quantizer.digest
+    assert Quantizer(centroids, np.ones(16, np.float32), trained).digest != quantizer.digest
 
 
 def test_workers_assign_lists_once_there_are_some(space):

@@ -1,0 +1,125 @@
+"""Which lists queries look into: those within reach, whatever centroids and queries are like."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from scviaduct.store.index.coarse import Coarse
+from scviaduct.store.index.quantizer import Quantizer, Trained
+
+REACH = 1.3
+
+
+class Lab:
+    """Centroids with radii, and queries among them; every fifth centroid is there twice."""
+
+    def __init__(self, lists, d=30, queries=9, seed=0):
+        rng = np.random.default_rng(seed)
+        centroids = rng.normal(size=(lists, d)).astype(np.float32)
+        centroids[5::5] = centroids[4:-1:5][: len(centroids[5::5])]
+        self.radii = rng.uniform(0.5, 1.5, lists).astype(np.float32)
+        self.sizes = rng.integers(0, 40, lists)
+        self.latent = np.ascontiguousarray(centroids[rng.integers(0, lists, queries)] + np.float32(0.3))
+        self.quantizer = Quantizer(centroids, self.radii, Trained(1, 1.0, 1.0))
+        self.coarse = Coarse.of(self.quantizer)
+        # Squared distances as they are compared: those of all centroids, in their order.
+        found = self.coarse.compare(self.latent, lists)
+        self.square = np.empty((queries, lists), np.float32)
+        np.put_along_axis(self.square, found.position, found.distance, axis=1)
+
+    def expected(self, reach, least):
+        """Lists of each query, one after the other."""
+        told = []
+        for row in self.square:
+            near = int(np.argmin(row))
+            radius = self.radii[near]
+            more = np.float32(reach) * radius * max(np.sqrt(row[near]), radius)
+            while True:
+                chosen = np.flatnonzero(row <= row[near] + more)
+                if self.sizes[chosen].sum() >= least or len(chosen) == len(row):
+                    break
+                more = max(2 * more, radius * radius)
+            told.append(chosen)
+        return told
+
+
+@pytest.mark.parametrize("least", [0, 100, 10**6])
+@pytest.mark.parametrize("queries", [1, 3, 4, 9])
+@pytest.mark.parametrize("lists", [1, 2, 17, 63, 64, 65, 128, 700])
+def test_lists_within_reach(lists, queries, least):
+    lab = Lab(lists, queries=queries, seed=lists)
+    found = lab.coarse.within(lab.latent, REACH, lab.sizes, least)
+    expected = lab.expected(REACH, least)
+    assert found.upto.tolist() == [len(one) for one in expected]
+    for order, upto, one in zip(found.order, found.upto, expected, strict=True):
+        np.testing.assert_array_equal(order[:upto], one)
+    assert found.held.tolist() == [lab.sizes[one].sum() for one in expected]
+    near = lab.square.argmin(axis=1)
+    np.testing.assert_allclose(found.square, lab.square.min(axis=1) + lab.radii[near] ** 2, rtol=1e-6)
+
+
+def test_a_query_beyond_all_lists_looks_further():
+    """All that it can find is about as far as the nearest."""
+    lab = Lab(700)
+    near = lab.coarse.within(lab.latent, REACH, lab.sizes, 0).upto
+    far = lab.coarse.within(lab.latent + np.float32(20), REACH, lab.sizes, 0).upto
+    assert far.mean() > 2 * near.mean()
+
+
+def test_no_query():
+    lab = Lab(70)
+    found = lab.coarse.within(lab.latent[:0], REACH, lab.sizes, 10)
+    assert found.order.shape == (0, 0)
+    assert len(found.upto) == len(found.held) == len(found.square) == 0
+
+
+def test_many_lists_of_many_queries():
+    """More than there is room for to begin with."""
+    lab = Lab(300, queries=50)
+    found = lab.coarse.within(lab.latent, 1e6, lab.sizes, 0)
+    assert (found.upto == 300).all()
+    assert (found.order == np.arange(300)).all()
+
+
+@pytest.mark.parametrize("lists", [3, 70])
+def test_distances_beyond_what_a_float_holds(lists):
+    lab = Lab(lists)
+    found = lab.coarse.within(lab.latent + np.float32(1e25), REACH, lab.sizes, 0)
+    assert (found.upto == lists).all()
+    assert (found.order == np.arange(lists)).all()
+
+
+def test_some_lists_of_an_index():
+    lab = Lab(300)
+    chosen = np.arange(7, 300, 3)
+    some = lab.coarse.among(chosen)
+    order = np.argsort(lab.square[:, chosen], axis=1, kind="stable")[:, :5]
+    np.testing.assert_array_equal(some.nearest(lab.latent, 5), chosen[order])
+
+
+SCRIPT = """
+import sys
+import numpy as np
+sys.path.insert(0, {root!r})
+from tests.scviaduct.store.test_coarse import REACH, Lab
+lab = Lab(700)
+np.savez({out!r}, *lab.coarse.within(lab.latent, REACH, lab.sizes, 100))
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names a processor of x86-64")
+def test_a_processor_without_avx512_looks_into_the_same_lists(tmp_path, request):
+    lab = Lab(700)
+    here = lab.coarse.within(lab.latent, REACH, lab.sizes, 100)
+    out = str(tmp_path / "lists.npz")
+    code = SCRIPT.format(root=str(request.config.rootpath), out=out)
+    told = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | told)
+    there = np.load(out)
+    for one, other in zip(here, (there[name] for name in there.files), strict=True):
+        np.testing.assert_array_equal(one, other)
