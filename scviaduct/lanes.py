@@ -43,9 +43,31 @@ def store(builder: Any, value: Any, first: Any, line: int) -> None:
 
 def spread(builder: Any, value: Any) -> Any:
     """A number in every lane."""
-    none, first = ir.Constant(VECTOR, ir.Undefined), ir.IntType(32)
+    none, first = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined), ir.IntType(32)
     one = builder.insert_element(none, value, first(0))
     return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(first, LANES), [0] * LANES))
+
+
+def has_avx512(context: Any) -> bool:
+    """Whether code is generated for AVX-512."""
+    return "+avx512f" in context.codegen().magic_tuple()[2]
+
+
+def compressed(builder: Any, vector: Any, mask: Any) -> Any:
+    """The lanes of a vector of 32 bits that a mask names, side by side from the first; on AVX-512 alone."""
+    kind = vector.type
+    name = f"llvm.x86.avx512.mask.compress.v16{'f32' if kind == VECTOR else 'i32'}"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind, kind, mask.type]), name)
+    return builder.call(function, [vector, ir.Constant(kind, ir.Undefined), mask])
+
+
+def looked_up(builder: Any, table: Any, places: Any, mask: Any) -> Any:
+    """The int32 of a table at each of some places, int32, that a mask names, and -1 elsewhere; on AVX-512 alone."""
+    kind, number, pointer = places.type, ir.IntType(32), ir.IntType(8).as_pointer()
+    signature = ir.FunctionType(kind, [kind, pointer, kind, mask.type, number])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.x86.avx512.mask.gather.dpi.512")
+    none = ir.Constant(kind, [-1] * LANES)
+    return builder.call(function, [none, builder.bitcast(table, pointer), places, mask, number(4)])
 
 
 def multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
@@ -75,3 +97,15 @@ def bits_of(_typing: Any, value: Any) -> Any:
 def number_of(_typing: Any, bits: Any) -> Any:
     """The float32 of some bits, int32."""
     return types.float32(bits), lambda _context, builder, _signature, args: builder.bitcast(args[0], FLOAT)
+
+
+@typed_intrinsic
+def lowest(_typing: Any, bits: Any) -> Any:
+    """Which is the lowest of some bits that is set; one must be."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(LONG, [LONG, ir.IntType(1)])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.cttz.i64")
+        return builder.call(function, [args[0], ir.IntType(1)(1)])
+
+    return types.int64(bits), generate

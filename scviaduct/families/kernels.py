@@ -28,6 +28,7 @@ from scviaduct.lanes import (
     bits_of,
     element,
     fma,
+    has_avx512,
     load,
     multiply_add,
     number_of,
@@ -110,7 +111,7 @@ def _multiplied(_typing: Any, sums: Any, values: Any, weights: Any, places: Any,
             for i, first in enumerate((out, inputs))
         )
         # 24 vectors are registers of AVX-512; other processors take a quarter at a time, twelve registers of AVX2.
-        together = _LINES if "+avx512f" in context.codegen().magic_tuple()[2] else 1
+        together = _LINES if has_avx512(context) else 1
         for lines in (range(line, line + together) for line in range(0, _LINES, together)):
             held = [[cgutils.alloca_once_value(builder, ZEROS) for _ in lines] for _ in range(ROWS)]
             with cgutils.for_range(builder, args[5]) as loop:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scviaduct.compiling import compiled
+from scviaduct.lanes import LANES, lowest
+from scviaduct.sources.registers import alike, in_registers, selected, taken
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -33,6 +35,7 @@ _SEQUENCE = np.uint64(0x03F79D71B4CB0A89)
 """A de Bruijn sequence: the top six bits of its product with a power of two tell which."""
 _ONE, _SIX, _TOP = np.uint64(1), np.uint64(6), np.uint64(58)
 _LOW = np.uint64(63)
+_LANES = np.uint64(LANES)
 _BIT = np.zeros(64, np.uint8)
 _BIT[[((int(_SEQUENCE) << bit) % 2**64) >> 58 for bit in range(64)]] = np.arange(64)
 
@@ -112,20 +115,29 @@ def align(
         Whether all genes are of ``target``; if not, what was written is void.
     """
     n_genes, filled = np.uint64(len(target)), np.uint64(0)
+    given, room = np.uint64(len(genes)), np.uint64(len(columns))
     indptr[0] = 0
     for row in range(len(starts)):
         first, in_order = filled, True
-        # Unsigned positions spare a look for negative ones. Written in any case, as in :func:`select`: together 1.0 us
-        # instead of 1.7 for a cell that keeps 170 of 570 values.
-        for i in range(np.uint64(starts[row]), np.uint64(stops[row])):
+        # Unsigned positions spare a look for negative ones.
+        i, stop = np.uint64(starts[row]), np.uint64(stops[row])
+        # Sixteen at a time take half of the time: 0.6 us a cell that keeps 170 of 570 values.
+        while in_registers() and i < stop and i + _LANES <= given and filled + _LANES <= room:
+            filled, strange = selected(genes, values, target, columns, data, i, taken(stop - i), filled)
+            if strange:
+                return False
+            i += _LANES
+        # Written in any case, as in :func:`select`.
+        while i < stop:
             gene = np.uint64(genes[i])
             if gene >= n_genes:
                 return False
             column, value = target[gene], values[i]
             columns[filled], data[filled] = column, value
             filled += np.uint64((column >= 0) & (value != 0))
-        for i in range(first + _ONE, filled):
-            in_order &= columns[i] > columns[i - _ONE]
+            i += _ONE
+        for place in range(first + _ONE, filled):
+            in_order &= columns[place] > columns[place - _ONE]
         if not in_order:
             _mark(columns, data, np.int64(first), np.int64(filled), sums, marks)
             filled = np.uint64(_emit(columns, data, np.int64(first), sums, marks))
@@ -146,7 +158,7 @@ def select(
     run_starts: LongArray,
     sizes: LongArray,
 ) -> bool:
-    """Append the selected values of some coordinates, as runs of one row each.
+    """Append the selected values of some coordinates, zeros left out, as runs of one row each.
 
     Coordinates come out of TileDB a tile after the other and by row within each, so a run is a row's part of a tile:
     runs take little room, and what a row is looked up for is done once a run.
@@ -171,27 +183,36 @@ def select(
     bool
         Whether all genes are of ``target``; if not, what was appended is void.
     """
-    n_genes, filled, runs = np.uint64(len(target)), np.uint64(sizes[0]), sizes[1]
-    current, position, least = np.int64(-1), np.int64(0), np.int32(0)
-    for i in range(len(rows)):
-        if rows[i] != current:
-            current = rows[i]
-            if position >= len(chosen) or chosen[position] != current:
-                position = np.searchsorted(chosen, current)
-            if position < len(chosen) and chosen[position] == current:
-                run_rows[runs], run_starts[runs] = position, np.int64(filled)
-                runs += 1
-                position += 1
-                least = np.int32(0)
-            else:
-                least = np.int32(2**31 - 1)
-        gene = np.uint64(genes[i])
-        if gene >= n_genes:
-            return False
+    n, n_genes, filled, runs = np.uint64(len(rows)), np.uint64(len(target)), np.uint64(sizes[0]), sizes[1]
+    position, i = np.int64(0), np.uint64(0)
+    while i < n:
+        row = rows[i]
+        if position >= len(chosen) or chosen[position] != row:
+            position = np.searchsorted(chosen, row)
+        least = np.int32(2**31 - 1)
+        if position < len(chosen) and chosen[position] == row:
+            run_rows[runs], run_starts[runs] = position, np.int64(filled)
+            runs += 1
+            position += 1
+            least = np.int32(0)
+        while in_registers() and i + _LANES <= n:
+            count = np.uint64(lowest(~alike(rows, i, row)))
+            end, strange = selected(genes, values, target, columns, data, i, taken(count), filled)
+            if strange:
+                return False
+            filled = end if least == 0 else filled
+            i += count
+            if count < _LANES:
+                break
         # Written in any case and kept by counting on: where half of the genes are dropped, a branch is guessed wrong.
-        column = target[gene]
-        columns[filled], data[filled] = column, values[i]
-        filled += np.uint64(column >= least)
+        while i < n and rows[i] == row:
+            gene = np.uint64(genes[i])
+            if gene >= n_genes:
+                return False
+            column, value = target[gene], values[i]
+            columns[filled], data[filled] = column, value
+            filled += np.uint64((column >= least) & (value != 0))
+            i += _ONE
     sizes[0], sizes[1] = np.int64(filled), runs
     return True
 
@@ -212,11 +233,11 @@ def by_row(run_rows: IntArray, n_rows: int) -> tuple[LongArray, IntArray]:
 
 
 @compiled()
-def _strictly(columns: IntArray, data: FloatArray, start: np.uint64, stop: np.uint64) -> bool:
-    """Whether columns ascend, each once, and no value is zero; without a branch, so that vectors do it."""
-    wrong = data[start] == 0
+def _strictly(columns: IntArray, start: np.uint64, stop: np.uint64) -> bool:
+    """Whether columns ascend, each once; without a branch, so that vectors do it."""
+    wrong = False
     for i in range(start + _ONE, stop):
-        wrong |= (columns[i] <= columns[i - _ONE]) | (data[i] == 0)
+        wrong |= columns[i] <= columns[i - _ONE]
     return not wrong
 
 
@@ -275,7 +296,7 @@ def join(
             if not ascending:
                 _mark(columns, data, start, stop, sums, marks)
             elif start < stop:
-                in_order &= (columns[start] > before) & _strictly(columns, data, np.uint64(start), np.uint64(stop))
+                in_order &= (columns[start] > before) & _strictly(columns, np.uint64(start), np.uint64(stop))
                 before = columns[stop - 1]
                 end = _copy(columns, data, np.uint64(start), np.uint64(stop), out_columns, out_data, end)
         done = ends[row]

@@ -22,8 +22,8 @@ from numba import types
 from numba.core import cgutils
 
 from scviaduct.compiling import compiled
-from scviaduct.lanes import LANES, LONG, element, load, number_of, spread, typed_intrinsic
-from scviaduct.store.index.comparing import TILE, four, lowest, squared
+from scviaduct.lanes import LANES, LONG, element, load, lowest, number_of, spread, typed_intrinsic
+from scviaduct.store.index.comparing import TILE, four, squared
 from scviaduct.store.index.scanning import Block, scan_blocks
 
 if TYPE_CHECKING:

@@ -26,7 +26,9 @@ from scviaduct.lanes import (
     bits_of,
     element,
     fma,
+    has_avx512,
     load,
+    lowest,
     multiply_add,
     number_of,
     spread,
@@ -71,7 +73,7 @@ def _near(queries: int, lines: int) -> Any:
             bounds = [spread(builder, builder.extract_value(args[6], i)) for i in range(queries)]
             told = [LONG(0)] * words
             # Sixteen sums are half of AVX-512's registers; other processors take a line at a time, half of AVX2's.
-            together = lines if "+avx512f" in context.codegen().magic_tuple()[2] else 1
+            together = lines if has_avx512(context) else 1
             for some in (range(line, line + together) for line in range(0, lines, together)):
                 held = [[cgutils.alloca_once_value(builder, ZEROS) for _ in some] for _ in range(queries)]
                 with cgutils.for_range(builder, args[5]) as loop:
@@ -99,18 +101,6 @@ def _near(queries: int, lines: int) -> Any:
 
 four, _long = _near(4, TILE // LANES), _near(1, 4 * TILE // LANES)
 _one, _few = _near(1, TILE // LANES), _near(1, 1)
-
-
-@typed_intrinsic
-def lowest(_typing: Any, bits: Any) -> Any:
-    """Which is the lowest of some bits that is set; one must be."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(LONG, [LONG, ir.IntType(1)])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.cttz.i64")
-        return builder.call(function, [args[0], ir.IntType(1)(1)])
-
-    return types.int64(bits), generate
 
 
 @_compiled

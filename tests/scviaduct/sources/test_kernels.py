@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -48,12 +49,20 @@ maps = st.sampled_from(["ordered", "permuted", "several"])
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**32), st.integers(0, 400), st.integers(1, GENES), maps, st.booleans(), st.integers(1, 4))
-def test_coordinates_become_rows_as_with_scipy(seed, size, width, kind, by_row, tables):
+@given(
+    st.integers(0, 2**32),
+    st.integers(0, 400),
+    st.sampled_from([1, 5, 60]),
+    st.integers(1, GENES),
+    maps,
+    st.booleans(),
+    st.integers(1, 4),
+)
+def test_coordinates_become_rows_as_with_scipy(seed, size, n_rows, width, kind, by_row, tables):
     rng = np.random.default_rng(seed)
     chosen = np.unique(rng.integers(100, 160, 20))
     target = a_map(rng, kind, width)
-    joinids, genes = rng.integers(100, 160, size), rng.integers(0, GENES, size)
+    joinids, genes = rng.integers(100, 100 + n_rows, size), rng.integers(0, GENES, size)
     values = rng.integers(0, 4, size).astype(np.float32)
     if by_row:  # as TileDB gives a tile
         order = np.lexsort((genes, joinids))
@@ -72,15 +81,41 @@ def test_a_gene_that_is_not_there_is_told_even_in_a_row_that_is_not_wanted():
     assert not staging.add(np.array([7]), np.array([3]), np.ones(1, np.float32), np.array([8]))
 
 
-@pytest.mark.parametrize("index", [np.uint16, np.int32, np.int64, ">i4"])
-@pytest.mark.parametrize("value", [np.uint16, np.float32, np.float64, np.int64, np.float16, np.bool_, ">f4"])
+@pytest.mark.parametrize("strange", [-1, 3, 2**32, 2**40])
+@pytest.mark.parametrize("at", [0, 1, 15, 16, 31, 32, 39])
+def test_a_gene_that_is_not_there_is_told_wherever_it_stands(at, strange):
+    genes = np.zeros(40, np.int64)
+    genes[at] = strange
+    values = np.ones(40, np.float32)
+    staging = _Staging(np.zeros(3, np.int32), 1)
+    assert not staging.add(np.repeat([7, 8, 9], [2, 21, 17]), genes, values, np.array([8]))
+    with pytest.raises(ValueError, match="of 3"):
+        GeneTarget(np.zeros(3, np.int32), 1).align(np.array([0, 2, 23, 40]), genes, values)
+
+
+INTEGERS = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64]
+
+
+VALUES = [*INTEGERS, np.float32, np.float64, np.float16, np.bool_, ">f4"]
+
+
+# Each type of either, not all pairs: every pair is compiled for.
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [*((index, np.float32) for index in (*INTEGERS, ">i4")), *((np.int32, value) for value in VALUES)],
+)
 @pytest.mark.parametrize("kind", ["ordered", "permuted", "several"])
 def test_align_takes_any_types_read_only_and_some_rows(index, value, kind):
     rng = np.random.default_rng(3)
     lengths = rng.integers(0, 40, 30)
     indptr = np.concatenate(([0], np.cumsum(lengths)))
-    indices = np.concatenate([rng.choice(GENES, length, replace=False) for length in lengths]).astype(index)
+    most = min(GENES, np.iinfo(index).max)
+    indices = np.concatenate([rng.choice(most, length, replace=False) for length in lengths]).astype(index)
     data = rng.integers(0, 3, len(indices)).astype(value)
+    if np.dtype(value).kind in "iuf":  # what a float32 does not hold, and values below zero
+        whole = np.dtype(value).kind in "iu"
+        some = np.array([np.iinfo(value).max, np.iinfo(value).min, 3] if whole else [2.3, -1e-7, 3], value)
+        data[::5] = np.resize(some, len(data[::5]))
     for array in (indptr, indices, data):
         array.flags.writeable = False
     target = a_map(rng, kind, 40)
@@ -113,6 +148,37 @@ def test_an_order_of_columns_survives_many_words():
     rows = GeneTarget.of(6400, None, None, None).align(np.array([0, len(columns)]), columns, columns + 1)
     np.testing.assert_array_equal(rows.indices, columns[::-1])
     np.testing.assert_array_equal(rows.data, columns[::-1] + 1)
+
+
+SCRIPT = """
+import sys
+import numpy as np
+sys.path.insert(0, {root!r})
+from tests.scviaduct.sources.test_kernels import selected_and_aligned
+np.savez({out!r}, *selected_and_aligned())
+"""
+
+
+def selected_and_aligned():
+    """Some rows, by way of either pass."""
+    rng = np.random.default_rng(5)
+    target, size = a_map(rng, "permuted", 40), 3_000
+    rows, genes, values = np.sort(rng.integers(0, 50, size)), rng.integers(0, GENES, size), rng.integers(0, 3, size)
+    staging = _Staging(target, 40)
+    assert staging.add(rows, genes, values.astype(np.float32), np.arange(0, 50, 2))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=50))])
+    return *staging.take(25), *GeneTarget(target, 40).align(indptr, genes, values)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names a processor of x86-64")
+def test_a_processor_without_avx512_selects_the_same(tmp_path, request):
+    out = str(tmp_path / "rows.npz")
+    code = SCRIPT.format(root=str(request.config.rootpath), out=out)
+    told = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | told)
+    there = np.load(out)
+    for one, name in zip(selected_and_aligned(), there.files, strict=True):
+        np.testing.assert_array_equal(one, there[name])
 
 
 def test_sources_and_commands_start_without_the_compiler():
