@@ -5,6 +5,7 @@ A smaller case of :mod:`benchmarks.surgery`, which measures more, and takes long
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,9 @@ def _case(folder: str, batches: int, cells: int, *, quick: bool) -> Any:
 
     where = Path(folder) / "surgery"
     where.mkdir(exist_ok=True)
-    sizes = {"genes": 300, "known_cells": 200, "epochs": 4, "scanvi_epochs": 2} if quick else {}
-    return simulated(where, Design(new_batches=batches, cells=cells, **sizes))
+    design = Design(new_batches=batches, cells=cells)
+    small = replace(design, genes=300, known_cells=200, epochs=4, scanvi_epochs=2)
+    return simulated(where, small if quick else design)
 
 
 def fitted(folder: str, batches: int, cells: int, *, quick: bool) -> Once:

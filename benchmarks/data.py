@@ -115,7 +115,7 @@ def census(folder: Path, design: Design) -> Path:
     return path
 
 
-def source_of(collection: Path, cells: int | None = None) -> str:
+def source_of(collection: Path | str, cells: int | None = None) -> str:
     """URI of a collection, or of its first cells."""
     uri = f"census:benchmark?organism={ORGANISM}&uri={collection}"
     return uri if cells is None else f"{uri}&filter=soma_joinid < {cells}"

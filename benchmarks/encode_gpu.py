@@ -21,6 +21,7 @@ import subprocess
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,13 +33,13 @@ import torch
 from scipy import sparse
 
 from scviaduct.families import gather, narrowing
-from scviaduct.families.base import Covariates
+from scviaduct.families.base import Covariates, Encoded
 from scviaduct.families.device import DeviceEncoder
 from scviaduct.families.lane import Lane
 from scviaduct.families.vae import fold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from scviaduct.families.network import Network
 
@@ -94,7 +95,8 @@ def _measure(
     plain8 = 8 * held.nnz / n_cells + 8
     sent = 3 * held.nnz / n_cells + 4
     limits = {"8 bytes a count": bandwidth["to_device"] / plain8, "bytes sent": bandwidth["to_device"] / sent}
-    row = {"cells": n_cells, "counts_per_cell": held.nnz / n_cells, "bytes_per_cell": {"csr": plain8, "sent": sent}}
+    row: dict[str, Any] = {"cells": n_cells, "counts_per_cell": held.nnz / n_cells}
+    row["bytes_per_cell"] = {"csr": plain8, "sent": sent}
     row |= {"ours": ours, "best": best, "limit_cells_per_second": limits}
     row["share_of_limit"] = {name: speed / limit for name, limit in limits.items()}
     row["error"] = _errors(model, there, device, held)
@@ -122,24 +124,28 @@ def _ours(network: Network, device: str, held: sparse.csr_matrix) -> dict[str, A
     n_cells, rates, whole = held.shape[0], {}, _parts(held)
     for feeders in _FEEDERS:
         encoder = DeviceEncoder({"latent": network}, device, feeders=feeders)
-        rates[f"{feeders} feeders"] = _rate(lambda e=encoder: e.encode(*whole, Covariates()), n_cells)
+        rates[f"{feeders} feeders"] = _rate(partial(_encoded, encoder, [whole]), n_cells)
     told = encoder.path
     shards = [_parts(held[start : start + _SHARD]) for start in range(0, n_cells, _SHARD)]
     for feeders in (1, 4, 8):
         encoder = DeviceEncoder({"latent": network}, device, feeders=feeders)
         name = f"{feeders} feeders, shards of {_SHARD:,}"
-        rates[name] = _rate(lambda e=encoder: [e.encode(*shard, Covariates()) for shard in shards], n_cells)
+        rates[name] = _rate(partial(_encoded, encoder, shards), n_cells)
     for name, value in {"uint16": 300.0, "float32": 0.5}.items():
         other = whole[2].copy()
         other[::1000] = value
         encoder = DeviceEncoder({"latent": network}, device, feeders=8)
-        rates[f"8 feeders, {name}"] = _rate(lambda e=encoder, o=other: e.encode(*whole[:2], o, Covariates()), n_cells)
+        rates[f"8 feeders, {name}"] = _rate(partial(_encoded, encoder, [(*whole[:2], other)]), n_cells)
     for precision in ("tf32", "bf16"):
         encoder = DeviceEncoder({"latent": network}, device, feeders=8, precision=precision)
-        rates[f"8 feeders, {precision}"] = _rate(lambda e=encoder: e.encode(*whole, Covariates()), n_cells)
+        rates[f"8 feeders, {precision}"] = _rate(partial(_encoded, encoder, [whole]), n_cells)
     encoder = DeviceEncoder({"latent": network}, device, feeders=8, kernel="torch")
-    rates["8 feeders, embedding_bag"] = _rate(lambda: encoder.encode(*whole, Covariates()), n_cells)
+    rates["8 feeders, embedding_bag"] = _rate(partial(_encoded, encoder, [whole]), n_cells)
     return {"path": told, "cells_per_second": rates}
+
+
+def _encoded(encoder: DeviceEncoder, blocks: Sequence[tuple[Any, Any, Any]]) -> list[Encoded]:
+    return [encoder.encode(*block, Covariates()) for block in blocks]
 
 
 def _plain(model: Any, held: sparse.csr_matrix, device: str) -> dict[str, Any]:
@@ -150,7 +156,7 @@ def _plain(model: Any, held: sparse.csr_matrix, device: str) -> dict[str, Any]:
     found = {}
     for size in _BATCHES:
         if size <= cells.n_obs:
-            call = lambda b=size: model.get_latent_representation(cells, batch_size=b)  # noqa: E731
+            call = partial(model.get_latent_representation, cells, batch_size=size)
             found[f"{size:,}"] = _rate(call, cells.n_obs, times=2)["best"]
     return {"cells": cells.n_obs, "cells_per_second": found, "best": max(found.values(), default=float("nan"))}
 
@@ -253,8 +259,11 @@ def _narrowing(lane: Lane) -> dict[str, float]:
                     _, genes, counts = layout.views(buffers[i])
                     narrowing.narrow(indices[part], data[part], genes, counts, 2000)
 
+                def write_all(pool: ThreadPoolExecutor = pool, write: Callable[[int], None] = write) -> None:
+                    list(pool.map(write, range(n)))
+
                 name = f"{layout.gene.itemsize + layout.count.itemsize} bytes, {threads} threads"
-                found[name] = _rate(lambda p=pool, w=write: list(p.map(w, range(n))), n * _PIECE)["best"]
+                found[name] = _rate(write_all, n * _PIECE)["best"]
     return found
 
 
@@ -295,11 +304,12 @@ def _device_us(call: Callable[[], Any], lane: Lane, times: int = 20) -> float:
         call()
         end.record()
     torch.cuda.synchronize()
-    return 1e3 * statistics.median(begin.elapsed_time(end) for begin, end in marks)
+    spent: list[float] = [begin.elapsed_time(end) for begin, end in marks]
+    return 1e3 * statistics.median(spent)
 
 
 def _machine(lane: Lane) -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = version(name)

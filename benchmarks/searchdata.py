@@ -67,7 +67,7 @@ class Latents:
 
         cluster, vectors = draw(self.cells)
         _, queries = draw(self.queries)
-        np.savez(path / "columns.npz", **_columns(random, cluster))
+        np.savez(path / "columns.npz", allow_pickle=False, **_columns(random, cluster))
         np.save(path / "vectors.npy", vectors)
         np.save(path / "queries.npy", queries)
         np.save(path / "truth.npy", nearest(vectors, queries))

@@ -81,7 +81,7 @@ def batch(folder: str, cells: int, queries: int) -> Once:
     hits = _hits(searcher, latent)
     reached = recall(_found(hits, len(latent)), np.load(data / "truth.npy"))
     half = len(latent) // 2
-    between = (latent[:half] + latent[half : 2 * half]) / 2
+    between = (latent[:half] + latent[half : 2 * half]) / np.float32(2)
     truth = nearest(np.load(data / "vectors.npy", mmap_mode="r"), between)
     told = {"recall": reached, "recall_between": recall(_found(_hits(searcher, between), half), truth)}
     told |= {"method": hits.method, "recall_told": hits.recall}

@@ -96,6 +96,9 @@ class Child:
                 cwd=ROOT,
                 env=os.environ | threads | {"PYTHONPATH": path, "RAY_ADDRESS": "local", "PYTHONWARNINGS": "ignore"},
             )
+        assert self._process.stdin is not None  # both are pipes, as asked
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._tell(json.dumps({"call": way.call, "told": dict(way.told), "cpus": list(cpus)}))
         try:
             self.missing = self._hear().get("missing", "")
@@ -112,9 +115,9 @@ class Child:
     def close(self) -> None:
         """End the process, and wait until it has ended."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._stdin.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._stdout.close()
 
     def take(self, turn: int) -> Sample:
         """Do it once."""
@@ -127,7 +130,7 @@ class Child:
         with Tree(self._process.pid) as tree:
             self._tell("once")
             answer = self._hear()
-            self._process.stdin.close()
+            self._stdin.close()
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # it can still be looked at
             cpu = tree.seconds()
         self._process.wait()
@@ -135,11 +138,11 @@ class Child:
 
     def _tell(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has died, which its answer tells
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
+            self._stdin.write(line + "\n")
+            self._stdin.flush()
 
     def _hear(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         answer = json.loads(line) if line else {"failed": f"its process ended with status {self._process.wait()}"}
         if "failed" in answer:
             raise FailedError(f"{self._way.name} ({self._way.call}): {answer['failed']}See {self._log}.")

@@ -25,7 +25,7 @@ import torch
 from scviaduct.families.narrowing import COUNTS, Layout, cut, gene_type, narrow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from scviaduct.values import FloatArray, IntArray, LongArray
 
@@ -164,7 +164,7 @@ class Lane:
 
     def feed(
         self, indptr: LongArray, indices: IntArray, data: FloatArray, *, n_genes: int, step: int
-    ) -> Iterator[Sent]:
+    ) -> Generator[Sent]:
         """Send a block a piece after the other.
 
         Parameters
