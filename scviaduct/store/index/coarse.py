@@ -24,9 +24,11 @@ from numba.core import cgutils
 from scviaduct.compiling import compiled
 from scviaduct.lanes import LANES, LONG, element, load, lowest, number_of, spread, typed_intrinsic
 from scviaduct.store.index.comparing import TILE, four, squared
-from scviaduct.store.index.scanning import Block, scan_blocks
+from scviaduct.store.index.scanning import Block, in_threads, scan_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from scviaduct.store.index.quantizer import Quantizer
     from scviaduct.store.index.scanning import Found
     from scviaduct.values import FloatArray, IntArray, LongArray
@@ -61,6 +63,15 @@ class Lists(NamedTuple):
     upto: LongArray
     held: LongArray
     square: FloatArray
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Lists]) -> Lists:
+        """Those of parts of the queries, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        widest = max(part.order.shape[1] for part in parts)
+        order = [np.pad(part.order, ((0, 0), (0, widest - part.order.shape[1]))) for part in parts]
+        return cls(np.concatenate(order), *(np.concatenate(one) for one in list(zip(*parts, strict=True))[1:]))
 
 
 class Coarse(NamedTuple):
@@ -103,7 +114,9 @@ class Coarse(NamedTuple):
         """The n nearest lists of each query, the nearest first, int64, shape ``(n_queries, n)``."""
         return self.lists[self.compare(latent, n).position]
 
-    def within(self, latent: FloatArray, reach: float, sizes: LongArray, least: int) -> Lists:
+    def within(
+        self, latent: FloatArray, reach: float, sizes: LongArray, least: int, threads: int | None = None
+    ) -> Lists:
         """The lists of each query within reach, in their order.
 
         Parameters
@@ -116,8 +129,11 @@ class Coarse(NamedTuple):
             int64, shape ``(lists,)``: cells of each list.
         least
             Cells that a query's lists hold; where they hold fewer, its reach is doubled until they do.
+        threads
+            That queries are spread over; None for one a core of this process.
         """
-        return Lists(*_within(self.block.x, latent, self.radii, sizes, np.float32(reach), least))
+        told = self.block.x, self.radii, sizes, np.float32(reach), least
+        return Lists.stacked(in_threads(lambda part: Lists(*_within(part, *told)), latent, threads=threads))
 
 
 @typed_intrinsic
@@ -152,7 +168,7 @@ def _up_to(_typing: Any, values: Any, first: Any, bound: Any) -> Any:
 
 
 @_compiled
-def _within(x: Any, latent: Any, radii: Any, sizes: Any, reach: Any, least: int) -> Any:
+def _within(latent: Any, x: Any, radii: Any, sizes: Any, reach: Any, least: int) -> Any:
     """What :class:`Lists` has.
 
     Parameters

@@ -215,12 +215,18 @@ def scan_all(segments: Mapping[int, Segment], latent: FloatArray, k: int) -> Fou
 
 
 def threaded(call: Callable[..., Found], *arrays: Any, threads: int | None = None) -> Found:
-    """Call with parts of the queries, a thread each; what is found does not depend on their number.
+    """What a call finds with parts of the queries, a thread each; parameters are those of :func:`in_threads`."""
+    found = in_threads(call, *arrays, threads=threads)
+    return found[0] if len(found) == 1 else Found.stacked(found)
+
+
+def in_threads[Made](call: Callable[..., Made], *arrays: Any, threads: int | None = None) -> list[Made]:
+    """Call with parts of the queries, a thread each.
 
     Parameters
     ----------
     call
-        Takes parts of ``arrays``, row for row.
+        Takes parts of ``arrays``, row for row; what it makes of a query does not depend on the others.
     arrays
         A row per query.
     threads
@@ -228,7 +234,7 @@ def threaded(call: Callable[..., Found], *arrays: Any, threads: int | None = Non
     """
     count = max(1, min(threads or cores(), len(arrays[0]) // _ALONE))
     if count == 1:
-        return call(*arrays)
+        return [call(*arrays)]
     parts = zip(*(np.array_split(one, count) for one in arrays), strict=True)
     with ThreadPoolExecutor(count) as pool:
-        return Found.stacked(list(pool.map(lambda part: call(*part), parts)))
+        return list(pool.map(lambda part: call(*part), parts))

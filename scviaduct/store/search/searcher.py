@@ -86,10 +86,13 @@ class Searcher:
         Of the space, for messages.
     slices
         What compares. None for this process.
+    threads
+        That lists of queries are looked for with; None for one a core of this process.
     """
 
-    def __init__(self, index: Index, name: str, slices: Slices | None = None) -> None:
+    def __init__(self, index: Index, name: str, slices: Slices | None = None, threads: int | None = None) -> None:
         self.index = index
+        self._threads = threads
         self._name = name
         self._slices = slices or Here(Slice(index))
         self._coarse = Coarse.of(index.quantizer) if index.quantizer else None
@@ -110,7 +113,7 @@ class Searcher:
             That queries are spread over; None for one a core of this process. A single query has one.
         """
         index = ensure_index(space, as_of)
-        return cls(index, space.name, Here(Slice(index, threads)))
+        return cls(index, space.name, Here(Slice(index, threads)), threads)
 
     def stored(self, where: str, limit: int | None = None) -> Queries:
         """Stored cells as queries.
@@ -250,11 +253,13 @@ class Searcher:
 
     def _lists(self, latent: FloatArray, k: int) -> Lists:
         """The lists of each query within reach."""
-        return self._centroids.within(latent, self.index.manifest.reach * self._beyond(k), self._sizes, _HELD * k)
+        reach = self.index.manifest.reach * self._beyond(k)
+        return self._centroids.within(latent, reach, self._sizes, _HELD * k, self._threads)
 
     def _plan(self, latent: FloatArray, k: int) -> _Plan:
         """Where each query looks. The bounds spare a fifth of a batch's time, in which cells are kept for a while."""
-        lists, span = self._lists(latent, k), self.index.manifest.span if k <= NEIGHBORS + 1 else np.inf
+        lists = self._lists(latent, k)
+        span = self.index.manifest.span if k <= NEIGHBORS + 1 else np.inf
         return _Plan(lists.order, lists.upto, np.float32(span) * lists.square)
 
     def _plan_selected(self, latent: FloatArray, k: int, counts: LongArray, more: int) -> _Plan:

@@ -78,6 +78,17 @@ def test_no_query():
     assert len(found.upto) == len(found.held) == len(found.square) == 0
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_look_into_the_same_lists(threads):
+    lab = Lab(300, queries=1_000)
+    told = lab.coarse.within(lab.latent, REACH, lab.sizes, 50, threads=threads)
+    expected = lab.expected(REACH, 50)
+    assert told.upto.tolist() == [len(one) for one in expected]
+    for order, upto, one in zip(told.order, told.upto, expected, strict=True):
+        np.testing.assert_array_equal(order[:upto], one)
+    assert len(told.held) == len(told.square) == 1_000
+
+
 def test_many_lists_of_many_queries():
     """More than there is room for to begin with."""
     lab = Lab(300, queries=50)
