@@ -44,7 +44,7 @@ $(PEERS): $(READY)
 	done
 	touch $(PEERS)
 
-# Every benchmark, about three quarters of an hour on two cores: results in benchmarks/results. ARGS="--quick", ARGS="--only reading".
+# Every benchmark, about an hour on two cores: results in benchmarks/results. ARGS="--quick", ARGS="--only reading".
 bench: $(PEERS)
 	$(BIN)/python -m benchmarks $(ARGS)
 

@@ -45,7 +45,7 @@ def run(context: Context) -> Report:
         ]
         if not genes:
             ways.append(Way("annbatch", "benchmarks.landing:annbatch", _sharded(context, cells), cells))
-        measured[heading] = in_turns(ways, context.log, context.samples)
+        measured[heading] = in_turns(ways, context.log, context.many_samples)
     figure = Figure.ratio("landing_vs_soma", Ratio.of(*measured["Reading, 2,000 genes"]))
     return Report(TITLE, COUNTS, [figure], measured, {"bytes_per_cell": size / cells})
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.suite import BENCHMARKS
-from benchmarks.values import BARS
+from benchmarks.values import BARS, Ratio
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ def _measurement(one: Measurement, first: Measurement) -> dict[str, Any]:
         told |= {"cpu_median": one.cpu, "cpu_best": one.best_cpu, "wall_median": one.wall}
         told |= {"per_cpu_second_median": one.rate, "per_cpu_second_best": one.best_rate}
     if one.samples and first.samples:
-        told["ratio"] = first.rate / one.rate
+        told["ratio"] = Ratio.of(first, one).value
     return told | {"samples": [asdict(sample) for sample in one.samples]}
 
 

@@ -45,12 +45,24 @@ def _recall(found: Any, truth: Any) -> float:
 
 def _least(search: Search, queries: Any, truth: Any, wanted: float) -> tuple[int, float]:
     """The least effort that reaches a recall on some queries, and the recall; the most of all where none does."""
-    effort, reached = 0, 0.0
-    for effort in _EFFORTS:
-        reached = _recall(search(queries[:_SAMPLE], effort), truth[:_SAMPLE])
-        if reached >= wanted:
+
+    def reached(effort: int) -> float:
+        return _recall(search(queries[:_SAMPLE], effort), truth[:_SAMPLE])
+
+    low, high = 0, 0
+    for high in _EFFORTS:
+        if (recall := reached(high)) >= wanted:
             break
-    return effort, reached
+        low = high
+    else:
+        return high, recall
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (found := reached(middle)) >= wanted:
+            high, recall = middle, found
+        else:
+            low = middle
+    return high, recall
 
 
 def _searched(search: Search, data: str, queries: int | None = None, wanted: float = RECALL) -> Once:

@@ -92,10 +92,18 @@ class Ratio:
 
     @classmethod
     def of(cls, one: Measurement, other: Measurement) -> Ratio:
-        """Of the medians; ``best`` of the best samples."""
+        """Median of the turns' ratios, or ratio of the medians where they took no turns; ``best`` of the best samples.
+
+        Samples of a turn follow each other: a machine whose speed changes by a quarter from minute to minute changes it
+        for both, while medians may come from different minutes.
+        """
         if reason := one.missing or other.missing:
             return cls(None, reason=reason)
-        return cls(one.rate / other.rate, one.best_rate / other.best_rate)
+        value, best = one.rate / other.rate, one.best_rate / other.best_rate
+        pairs = [(a.cpu, b.cpu) for a, b in zip(one.samples, other.samples, strict=False) if a.turn == b.turn]
+        if len(pairs) == len(one.samples) == len(other.samples):
+            value = statistics.median(b / a for a, b in pairs) * one.amount / other.amount
+        return cls(value, best)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ def run(context: Context) -> Report:
     if len(cores) > 1:
         pair.append(Way("two workers, two cores", call, small | {"workers": 2}, cells, cpus=cores, fresh=True))
     measured = {
-        "Ray against one process": in_turns(overhead, context.log, 2, warm=0),
-        "Two workers against one": in_turns(pair, context.log, 2, warm=0),
+        "Ray against one process": in_turns(overhead, context.log, context.samples, warm=0),
+        "Two workers against one": in_turns(pair, context.log, context.samples, warm=0),
     }
     one, ray = measured["Ray against one process"]
     costs = {"one process": _steady(one, "cpu"), "Ray, one worker": _steady(ray, "cpu")}

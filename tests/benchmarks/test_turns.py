@@ -146,6 +146,8 @@ def test_medians_and_bests():
     assert (found.cpu, found.wall, found.best_cpu, found.rate, found.best_rate) == (2, 2, 1, 4, 8)
     slow = Measurement("b", 8, "cells", (Sample(0, 9, 8.0),))
     assert Ratio.of(found, slow) == Ratio(4.0, 8.0)
+    turns = Measurement("c", 16, "cells", tuple(Sample(turn, 0, cpu) for turn, cpu in enumerate([8.0, 4.0, 4.0])))
+    assert Ratio.of(found, turns) == Ratio(1.0, 2.0)  # 4, 1 and 0.5: each turn by itself
     assert Figure.ratio("x", Ratio.of(found, slow)) == Figure("x", 4.0, "", 8.0)
 
 
