@@ -9,6 +9,8 @@ Import what is compiled where it is used first, not before: numba takes a quarte
 
 from __future__ import annotations
 
+from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numba import njit
@@ -16,6 +18,10 @@ from numba import njit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+SHARED = ("lanes.py", "sources/registers.py", "store/index/comparing.py")
+"""Files whose functions are compiled into those of other files. numba goes by a function's own file when it looks for
+what it kept, and would take code of an older one of these."""
+_SHARED = blake2b(b"".join((Path(__file__).parent / name).read_bytes() for name in SHARED), digest_size=4).hexdigest()
 unkept: list[str] = []
 """Why compiled functions cannot be kept for other processes; empty if they are."""
 
@@ -38,6 +44,8 @@ def compiled(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]],
     decorate: Any = njit  # whose stubs name no list of options
 
     def compiled(function: Callable[..., Any]) -> Any:
+        # What is kept is called so.
+        function.__qualname__ = f"{function.__qualname__}_{_SHARED}"
         try:
             return decorate(*types, cache=True, nogil=True, **options)(function)
         except RuntimeError as error:

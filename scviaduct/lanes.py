@@ -3,8 +3,6 @@
 What is here builds code inside of numba's intrinsics: arguments are LLVM's builder and values. Sixteen lanes are one
 register of AVX-512 and two of AVX2, with the same bits: nothing is summed across lanes, and a multiply-add is rounded
 once on every processor.
-
-What numba keeps of a compiled function goes by that function's own file: after a change here, touch those that use it.
 """
 
 from __future__ import annotations

@@ -108,6 +108,8 @@ class GeneTarget:
             raise ValueError(
                 f"indptr leads from {indptr[0]} to {indptr[-1]} of {len(indices)} genes, {len(data)} values"
             )
+        if indices.dtype.kind not in "iu":
+            raise ValueError(f"genes are of type {indices.dtype}")
         starts, stops = indptr[:-1], indptr[1:]
         if chosen is not None and len(chosen) < len(starts):
             starts, stops = starts[chosen], stops[chosen]

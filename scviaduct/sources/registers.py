@@ -12,6 +12,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 
 from scviaduct.compiling import compiled
 from scviaduct.lanes import (
@@ -49,6 +50,8 @@ def selected(
 
     Room is taken for sixteen. It returns where they end, and a bit for each gene that is none of ``target``.
     """
+    if not isinstance(genes.dtype, types.Integer) or target.dtype != types.int32:
+        raise TypingError("genes are whole numbers, and columns int32")
     signature = types.UniTuple(types.uint64, 2)(genes, values, target, columns, data, at, taken, filled)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

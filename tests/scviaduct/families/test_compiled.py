@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from scipy import sparse
 
+import scviaduct
 from scviaduct import compiling
 from scviaduct.errors import DataError
 from scviaduct.families import compiled as module
@@ -239,3 +242,25 @@ def test_a_processor_without_avx512_gives_the_same_bits(tmp_path, request):
     assert (there[0] == here[0]).all()
     # The exponential is PyTorch's, whose bits are the processor's.
     np.testing.assert_allclose(there[1], here[1], rtol=1e-6)
+
+
+def test_what_is_compiled_into_other_files_is_part_of_what_is_kept():
+    """Every file of which another one calls something that numba compiles is told to :mod:`scviaduct.compiling`."""
+    folder = Path(scviaduct.__file__).parent
+    files = {path: path.read_text() for path in folder.rglob("*.py")}
+    made = {path: {one.name for one in ast.walk(ast.parse(text)) if _is_compiled(one)} for path, text in files.items()}
+    shared = set()
+    for path, text in files.items():
+        for one in ast.walk(ast.parse(text)) if made[path] else ():
+            if isinstance(one, ast.ImportFrom) and one.module and one.module.startswith("scviaduct."):
+                source = folder.parent / f"{one.module.replace('.', '/')}.py"
+                if made.get(source, set()) & {name.name for name in one.names}:
+                    shared.add(source.relative_to(folder).as_posix())
+    assert shared <= {*compiling.SHARED}
+    assert "lanes.py" in shared
+
+
+def _is_compiled(node):
+    """Whether a function is one that numba compiles, or generates code in those that it compiles."""
+    told = [ast.unparse(one) for one in node.decorator_list] if isinstance(node, ast.FunctionDef) else []
+    return any("compiled" in one or "intrinsic" in one for one in told)

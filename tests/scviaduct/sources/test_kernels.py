@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from scviaduct.sources.counts import GeneTarget
+from scviaduct.sources.registers import in_registers
 from scviaduct.sources.somacounts import _Staging
 
 GENES = 150
@@ -139,6 +141,35 @@ def test_align_takes_any_types_read_only_and_some_rows(index, value, kind):
 def test_align_refuses_what_is_no_matrix(indptr, indices, values, message):
     with pytest.raises(ValueError, match=message):
         GeneTarget.of(5, None, None, None).align(np.array(indptr), np.array(indices), np.ones(values, np.float32))
+
+
+def test_genes_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match="genes are of type float64"):
+        GeneTarget.of(5, None, None, None).align(np.array([0, 2]), np.array([0.0, 1.0]), np.ones(2))
+
+
+def test_sixteen_at_a_time_where_the_processor_can():
+    """Without this, all of the others would pass with one value after the other."""
+
+    @numba.njit
+    def asked():
+        return in_registers()
+
+    features = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()[2]
+    assert asked() == ("+avx512f" in features)
+
+
+def test_what_is_no_count_survives():
+    """NaN and infinity are for others to find; a zero that has a sign is one."""
+    values = np.tile(np.float32([np.nan, np.inf, -0.0, -1, 0, 2]), 8)
+    columns = np.arange(48, dtype=np.int8)
+    rows = GeneTarget.of(300, None, None, None).align(np.array([0, 48]), columns, values)
+    there = values != 0
+    np.testing.assert_array_equal(rows.indices, columns[there])
+    np.testing.assert_array_equal(rows.data, values[there])
+    columns[40] = -1  # 255, if its sign were lost
+    with pytest.raises(ValueError, match="genes -1 to 47 of 300"):
+        GeneTarget.of(300, None, None, None).align(np.array([0, 48]), columns, values)
 
 
 def test_an_order_of_columns_survives_many_words():
