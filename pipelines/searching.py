@@ -151,7 +151,7 @@ def _searcher(space: Space, version: int, actors: int | None, address: str | Non
     with connect(address) as resources:
         index, fan = _fan(space, version, actors, resources)
         try:
-            yield Searcher(index, space.name, fan)
+            yield Searcher(index, space.name, fan, threads=1)  # actors have the other cores
         finally:
             fan.close()
 

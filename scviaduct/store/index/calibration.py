@@ -49,8 +49,8 @@ def calibrate(index: Index) -> Manifest:
     beyond = np.square(latent[:, None] - of_others).sum(axis=2) - nearest.distance
     radius = quantizer.radii[nearest.position]
     taken = np.sort((beyond / (radius * np.maximum(np.sqrt(nearest.distance), radius))).ravel())
-    # A little more, for what rounding leaves of a difference of squares.
-    reach = max(0.0, float(taken[math.ceil(RECALL * len(taken)) - 1])) * 1.0001 + 1e-6
+    # A little more, for what rounding leaves of a difference of squares; a single cell has no neighbour.
+    reach = max(0.0, float(taken[math.ceil(RECALL * len(taken)) - 1]) if len(taken) else 0.0) * 1.0001 + 1e-6
     sizes = np.sum([segment.sizes for segment in index.segments.values()], axis=0)
     lists = coarse.within(latent, reach, sizes, 0)
     return replace(
@@ -58,8 +58,8 @@ def calibrate(index: Index) -> Manifest:
         lists=len(quantizer.centroids),
         probes=math.ceil(lists.upto.mean()),
         reach=reach,
-        span=float(np.quantile(found.distance[:, -1] / lists.square, _SPANNED)),
-        recall=float((taken <= reach).mean()),
+        span=float(np.quantile(found.distance[:, -1] / lists.mean, _SPANNED)),
+        recall=float((taken <= reach).mean()) if len(taken) else 1.0,
         sample=len(latent),
     )
 

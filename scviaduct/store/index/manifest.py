@@ -109,8 +109,8 @@ class Manifest:
         parts = tuple(
             Part(part["id"], part["rows"], part["cells"], tuple(part["bases"])) for part in told.pop("parts", ())
         )
-        told.pop("format", None)
-        return cls(**{"sample": 0, "quantizer": "", "reach": 0.0, "span": 0.0, **told}, parts=parts)
+        known = {name: value for name, value in told.items() if name in cls.__dataclass_fields__}
+        return cls(**{"sample": 0, "quantizer": "", "reach": 0.0, "span": 0.0, **known}, parts=parts)
 
 
 def is_built(folder: Path) -> bool:
@@ -129,8 +129,8 @@ def built(space: Path) -> list[Path]:
 
 
 def manifest_of(space: Space) -> Manifest | None:
-    """Manifest of the newest index that there is; None if there is none."""
-    for folder in built(space.path):
+    """Manifest of the newest index of this format that there is; None if there is none."""
+    for folder in filter(is_built, built(space.path)):
         with suppress(FileNotFoundError):  # it was just removed
             return Manifest.load(folder)
     return None

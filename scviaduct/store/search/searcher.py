@@ -20,7 +20,7 @@ from scviaduct.store.search.slices import Slice
 from scviaduct.store.where import parse_where
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from scviaduct.store.index import Index
     from scviaduct.store.index.coarse import Lists
@@ -87,14 +87,14 @@ class Searcher:
     slices
         What compares. None for this process.
     threads
-        That lists of queries are looked for with; None for one a core of this process.
+        That queries are spread over here; None for one a core of this process.
     """
 
     def __init__(self, index: Index, name: str, slices: Slices | None = None, threads: int | None = None) -> None:
         self.index = index
         self._threads = threads
         self._name = name
-        self._slices = slices or Here(Slice(index))
+        self._slices = slices or Here(Slice(index, threads))
         self._coarse = Coarse.of(index.quantizer) if index.quantizer else None
         self._sizes: LongArray = np.sum(self._slices.call("sizes"), axis=0)
         self._plans: OrderedDict[str, LongArray] = OrderedDict()
@@ -113,7 +113,7 @@ class Searcher:
             That queries are spread over; None for one a core of this process. A single query has one.
         """
         index = ensure_index(space, as_of)
-        return cls(index, space.name, Here(Slice(index, threads)), threads)
+        return cls(index, space.name, threads=threads)
 
     def stored(self, where: str, limit: int | None = None) -> Queries:
         """Stored cells as queries.
@@ -157,8 +157,8 @@ class Searcher:
         FilterError
             If ``where`` does not parse.
         """
-        self._require(queries, k)
-        answer = self.neighbors(queries.latent, k + (queries.own is not None), where, exact=exact)
+        self._require(queries.latent, k, queries.ids)
+        answer = self._neighbors(queries.latent, k + (queries.own is not None), where, exact=exact)
         keep = kept_of(answer.found, queries.own, k)
         table = hits_table(queries, answer.found, keep, self._rows(answer.found.slot[keep]))
         version = self.index.manifest.version
@@ -167,7 +167,7 @@ class Searcher:
     def neighbors(
         self, latent: FloatArray, k: int = NEIGHBORS, where: str | None = None, *, exact: bool = False
     ) -> Answer:
-        """Find the k nearest stored cells of each query, without their rows. Parameters are those of :meth:`search`.
+        """Find the k nearest stored cells of each query, without their rows. Errors are those of :meth:`search`.
 
         Parameters
         ----------
@@ -176,6 +176,10 @@ class Searcher:
         k, where, exact
             As :meth:`search` takes them.
         """
+        self._require(latent, k)
+        return self._neighbors(latent, k, where, exact=exact)
+
+    def _neighbors(self, latent: FloatArray, k: int, where: str | None, *, exact: bool) -> Answer:
         latent = np.ascontiguousarray(latent, np.float32)
         manifest = self.index.manifest
         counts = None if where is None else self._counts(where)
@@ -188,7 +192,13 @@ class Searcher:
             return Answer(self._exact(latent, wanted, where), method, 1.0, "", candidates)
         if where is None or counts is None:
             found = self._in_parts(latent, wanted, None, lambda part: self._plan(part, k))
-            return Answer(found, "IVF-Flat", manifest.recall, f"{manifest.sample} of the index's cells", candidates)
+            return Answer(
+                found,
+                "IVF-Flat",
+                manifest.recall,
+                f"{manifest.sample} of the index's cells, for {NEIGHBORS} neighbours",
+                candidates,
+            )
         more, recall, sample = self._widen(latent, wanted, where, counts)
         found = self._in_parts(latent, wanted, where, lambda part: self._plan_selected(part, k, counts, more))
         return Answer(found, "IVF-Flat", recall, f"{sample} of these queries, with this condition", candidates)
@@ -196,7 +206,7 @@ class Searcher:
     def compares_all(self, queries: int, selected: int, k: int) -> bool:
         """Whether all selected cells are compared: where that costs little more than probing, or little."""
         manifest = self.index.manifest
-        compared = self._probes(k) * manifest.cells / max(1, manifest.lists)
+        compared = max(_HELD * k, self._probes(k) * manifest.cells / max(1, manifest.lists))
         limit = max(_EXACT_UP_TO, int(_EXACT_FACTOR * (compared + manifest.lists)))
         return selected <= limit or queries * selected <= _EXACT_PAIRS
 
@@ -260,7 +270,7 @@ class Searcher:
         """Where each query looks. The bounds spare a fifth of a batch's time, in which cells are kept for a while."""
         lists = self._lists(latent, k)
         span = self.index.manifest.span if k <= NEIGHBORS + 1 else np.inf
-        return _Plan(lists.order, lists.upto, np.float32(span) * lists.square)
+        return _Plan(lists.order, lists.upto, np.float32(span) * lists.mean)
 
     def _plan_selected(self, latent: FloatArray, k: int, counts: LongArray, more: int) -> _Plan:
         """Lists of each query that hold as many selected cells, times ``more``, as it sees without a condition.
@@ -313,15 +323,16 @@ class Searcher:
         """Refuse a condition that does not parse, before anybody is asked."""
         parse_where(where, next(iter(self.index.segments.values())).table.schema)
 
-    def _require(self, queries: Queries, k: int) -> None:
+    def _require(self, latent: FloatArray, k: int, names: Sequence[str] | None = None) -> None:
+        """Refuse what cannot be compared; names of the queries are told where they have some."""
         if k < 1:
             raise InputError(f"k = {k} asks for no neighbour.", "Give at least 1, e.g. -k 30.")
-        wide, dimensions = queries.latent.shape[1], self.index.manifest.dimensions
-        if wide != dimensions:
-            raise InputError(f"Queries have {wide} dimensions, {self._name} has {dimensions}.", "")
-        finite = np.isfinite(queries.latent).all(axis=1)
+        dimensions = self.index.manifest.dimensions
+        if latent.ndim != 2 or latent.shape[1] != dimensions:
+            wide = f"{latent.shape[1]} dimensions" if latent.ndim == 2 else f"the shape {latent.shape}"
+            raise InputError(f"Queries have {wide}, {self._name} has {dimensions}.", "Give a row for each query.")
+        finite = np.isfinite(latent).all(axis=1)
         if not finite.all():
-            first = queries.ids[int(np.argmin(finite))]
-            raise InputError(
-                f"The latent of query '{first}' is not a number.", "Leave out the cells that were not mapped."
-            )
+            first = int(np.argmin(finite))
+            told = f"query {first}" if names is None else f"query '{names[first]}'"
+            raise InputError(f"The latent of {told} is not a number.", "Leave out the cells that were not mapped.")

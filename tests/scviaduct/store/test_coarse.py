@@ -60,7 +60,7 @@ def test_lists_within_reach(lists, queries, least):
         np.testing.assert_array_equal(order[:upto], one)
     assert found.held.tolist() == [lab.sizes[one].sum() for one in expected]
     near = lab.square.argmin(axis=1)
-    np.testing.assert_allclose(found.square, lab.square.min(axis=1) + lab.radii[near] ** 2, rtol=1e-6)
+    np.testing.assert_allclose(found.mean, lab.square.min(axis=1) + lab.radii[near] ** 2, rtol=1e-6)
 
 
 def test_a_query_beyond_all_lists_looks_further():
@@ -75,18 +75,18 @@ def test_no_query():
     lab = Lab(70)
     found = lab.coarse.within(lab.latent[:0], REACH, lab.sizes, 10)
     assert found.order.shape == (0, 0)
-    assert len(found.upto) == len(found.held) == len(found.square) == 0
+    assert len(found.upto) == len(found.held) == len(found.mean) == 0
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_look_into_the_same_lists(threads):
-    lab = Lab(300, queries=1_000)
+    lab = Lab(300, queries=999)
     told = lab.coarse.within(lab.latent, REACH, lab.sizes, 50, threads=threads)
     expected = lab.expected(REACH, 50)
     assert told.upto.tolist() == [len(one) for one in expected]
     for order, upto, one in zip(told.order, told.upto, expected, strict=True):
         np.testing.assert_array_equal(order[:upto], one)
-    assert len(told.held) == len(told.square) == 1_000
+    assert len(told.held) == len(told.mean) == 999
 
 
 def test_many_lists_of_many_queries():
@@ -111,6 +111,9 @@ def test_some_lists_of_an_index():
     some = lab.coarse.among(chosen)
     order = np.argsort(lab.square[:, chosen], axis=1, kind="stable")[:, :5]
     np.testing.assert_array_equal(some.nearest(lab.latent, 5), chosen[order])
+    every = some.within(lab.latent, 1e6, lab.sizes, 0)
+    assert (every.order == chosen).all()
+    assert (every.held == lab.sizes[chosen].sum()).all()
 
 
 SCRIPT = """

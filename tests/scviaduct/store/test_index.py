@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -11,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scviaduct.errors import StoreError
+from scviaduct.errors import InputError, StoreError
 from scviaduct.store.index import IVF_FROM, Index, building, ensure_index, manifest, manifest_of
 from scviaduct.store.index import rows as rows_module
 from scviaduct.store.search import Queries, Searcher, search, stored_queries
@@ -122,17 +123,59 @@ def test_strange_cells_find_their_neighbours(atlas, case, k):
 
 
 @pytest.mark.parametrize("span", [0, 0.2, 0.6])
-def test_what_is_found_does_not_depend_on_bounds(atlas, span):
+def test_what_is_found_does_not_depend_on_bounds(atlas, monkeypatch, span):
     lab, latent, _ = atlas
     index, query = ensure_index(lab.space), latent[1:300]
     assert 0 < index.manifest.span < 1
-    told = [
-        Searcher(replace(index, manifest=replace(index.manifest, span=value)), "atlas").neighbors(query, K).found
-        for value in (span, index.manifest.span, np.inf)
-    ]
+    told = []
+    for value in (span, index.manifest.span, np.inf):
+        searcher = Searcher(replace(index, manifest=replace(index.manifest, span=value)), "atlas")
+        asked = asked_of(searcher, monkeypatch)
+        told.append(searcher.neighbors(query, K).found)
+        assert asked == ["probe"] * (1 if value == np.inf else 2)
+        monkeypatch.undo()
     for one in told[:2]:
         for mine, without in zip(one, told[2], strict=True):
             np.testing.assert_array_equal(mine, without)
+
+
+@pytest.mark.parametrize(
+    ("query", "k", "message"),
+    [
+        (np.full((2, WIDTH), np.nan), 30, "query 0 is not a number"),
+        (np.zeros((2, WIDTH + 1)), 30, "11 dimensions, atlas-.* has 10"),
+        (np.zeros(WIDTH), 30, r"the shape \(10,\), atlas-.* has 10"),
+        (np.zeros((2, WIDTH)), 0, "k = 0 asks for no neighbour"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(atlas, query, k, message):
+    lab, *_ = atlas
+    with pytest.raises(InputError, match=message):
+        lab.space.searcher().neighbors(query.astype(np.float32), k)
+
+
+def test_an_index_of_an_older_format_is_built_anew(lab, monkeypatch):
+    monkeypatch.setattr(building, "IVF_FROM", 1)
+    lab.put(range(50))
+    folder = ensure_index(lab.space) and lab.space.path / "index" / "1"
+    told = json.loads((folder / "manifest.json").read_text())
+    for name in ("reach", "span"):
+        del told[name]
+    (folder / "manifest.json").write_text(json.dumps(told | {"format": 2, "strange": 0}))
+    for file in folder.glob("radii-*.npy"):
+        file.unlink()
+    assert manifest_of(lab.space) is None
+    lab.put([50])  # a worker finds no lists to assign
+    assert found_ids(lab) == {f"c{row}" for row in range(51)}
+    assert found_ids(lab, as_of=1) == {f"c{row}" for row in range(50)}
+
+
+@pytest.mark.parametrize("mapped", [1, 2])
+def test_a_version_of_hardly_any_mapped_cell(lab, monkeypatch, mapped):
+    monkeypatch.setattr(building, "IVF_FROM", 1)
+    lab.commit(lab.stage(range(50), unmapped=range(mapped, 50)))
+    assert found_ids(lab) == {f"c{row}" for row in range(mapped)}
+    assert ensure_index(lab.space).manifest.recall == 1
 
 
 def test_cells_that_are_all_alike(tmp_path):
@@ -156,11 +199,23 @@ def test_the_index_knows_how_good_it_is(atlas):
     assert 1 <= told.probes < told.lists
 
 
-def test_a_list_that_is_too_short_is_made_up(atlas):
-    """The list of a far query holds fewer cells than it asks for: all are compared then."""
+def asked_of(searcher, monkeypatch):
+    """Names of what is asked of a searcher's slices, as it goes on."""
+    asked, call = [], type(searcher._slices).call
+    monkeypatch.setattr(type(searcher._slices), "call", lambda self, *told: asked.append(told[0]) or call(self, *told))
+    return asked
+
+
+def test_a_list_that_is_too_short_is_made_up(atlas, monkeypatch):
+    """The lists of a query hold fewer cells than it asks for: all are compared then."""
     lab, latent, _ = atlas
     query = np.full((1, WIDTH), 100, np.float32)
-    hits = search(lab.space, Queries(["q"], ["0"], query), 5_000)
+    index = ensure_index(lab.space)
+    searcher = Searcher(replace(index, manifest=replace(index.manifest, reach=0.0)), "atlas")
+    monkeypatch.setattr("scviaduct.store.search.searcher._HELD", 0)
+    asked = asked_of(searcher, monkeypatch)
+    hits = searcher.search(Queries(["q"], ["0"], query), 5_000)
+    assert asked == ["probe", "exact"]
     assert hits.table.num_rows == 5_000
     distance = np.sort(np.linalg.norm(latent[np.isfinite(latent).all(axis=1)] - query, axis=1))[:5_000]
     np.testing.assert_allclose(hits.table["distance"].to_numpy(), distance, rtol=1e-3)
@@ -224,7 +279,9 @@ def test_old_indexes_are_removed(lab):
     assert folders(lab) == ["3", "4"]
 
 
-@pytest.mark.parametrize("missing", ["manifest.json", "*/vectors.f32", "*/rows-*.arrow", "centroids-*.npy"])
+@pytest.mark.parametrize(
+    "missing", ["manifest.json", "*/vectors.f32", "*/rows-*.arrow", "centroids-*.npy", "radii-*.npy"]
+)
 def test_an_index_that_is_removed_while_it_is_opened(lab, monkeypatch, missing):
     lab.put(range(50))
     monkeypatch.setattr(building, "IVF_FROM", 1)
@@ -260,7 +317,7 @@ BROKEN = {
 def test_files_that_a_crash_cut_off_are_built_anew(lab, monkeypatch, how, linked):
     """None of them is searched, handed on to the next version's index, or keeps units from being staged."""
     monkeypatch.setattr(building, "IVF_FROM", 1)
-    names = ["manifest.json", "centroids-*.npy", "centroids-*.json"]
+    names = ["manifest.json", "centroids-*.npy", "centroids-*.json", "radii-*.npy"]
     names += [f"*/{name}" for name in ("vectors.f32", "offsets.i64", "members.i32", "segment.json")]
     names += ["*/rows-*.arrow", "*/counts-*.arrow"]
     lab.put(range(50))

@@ -380,4 +380,4 @@ def test_a_filtered_search_says_what_it_measured(space, monkeypatch, queries):
     found = set(zip(*(hits.table[name].to_pylist() for name in ("query", "observation_id")), strict=True))
     truth = set(zip(*(planned.table[name].to_pylist() for name in ("query", "observation_id")), strict=True))
     assert len(found & truth) >= 0.99 * len(truth)
-    assert searcher.search(asked(space), 20).measured == "256 of the index's cells"
+    assert searcher.search(asked(space), 20).measured == "256 of the index's cells, for 30 neighbours"
