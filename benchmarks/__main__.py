@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.context import Context
 from benchmarks.machine import machine
-from benchmarks.output import REPORT, failed, flat, load, section, write
+from benchmarks.output import REPORT, failed, flat, load, rounded, section, write
 from benchmarks.suite import BENCHMARKS
 from benchmarks.values import BARS
 
@@ -80,7 +80,8 @@ def _run(name: str, context: Context) -> dict[str, Any]:
         return failed(name, trace, entry.figures, header | {"seconds": round(time.monotonic() - began, 1)})
     told = section(report, header | {"seconds": round(time.monotonic() - began, 1)})
     for figure in report.figures:
-        print(f"  {_line(figure.name, figure.value, figure.reason)}", flush=True)
+        value = None if figure.value is None else rounded(figure.value)
+        print(f"  {_line(figure.name, value, figure.reason)}", flush=True)
     print(f"  in {told['seconds']:.0f} s", flush=True)
     return told
 

@@ -83,10 +83,15 @@ def flat(sections: dict[str, Any]) -> tuple[dict[str, float | None], dict[str, s
     for name in BARS:
         figure = found.get(name)
         value = figure["value"] if figure else None
-        values[name] = None if value is None else float(f"{value:.4g}")
+        values[name] = None if value is None else rounded(value)
         if value is None:
             reasons[name] = figure["reason"] if figure else f"not run: python -m benchmarks --only {owner[name]}"
     return values, reasons
+
+
+def rounded(value: float) -> float:
+    """A figure as it is told, and compared with its bar: to four digits."""
+    return float(f"{value:.4g}")
 
 
 def page(sections: dict[str, Any]) -> str:
@@ -108,13 +113,15 @@ def page(sections: dict[str, Any]) -> str:
 def figures_table(sections: dict[str, Any]) -> list[str]:
     """Every figure with its bar."""
     values, reasons = flat(sections)
+    found = {figure["name"]: figure for told in sections.values() for figure in told["figures"]}
     rows = []
     for name, value in values.items():
-        bar = BARS[name]
+        bar, figure = BARS[name], found.get(name, {})
         met = "" if value is None else "met" if bar.met_by(value) else "**missed**"
-        rows.append([f"`{name}`", "none" if value is None else f"{value:.3g}", f"{bar.sense} {bar.value:g}", met])
-        rows[-1].append(reasons.get(name, ""))
-    return table(["figure", "value", "bar", "", "reason"], rows)
+        turns = f"{figure['low']:.3g} to {figure['high']:.3g}" if figure.get("low") else ""
+        said = "none" if value is None else f"{value:.3g}"
+        rows.append([f"`{name}`", said, turns, f"{bar.sense} {bar.value:g}", met, reasons.get(name, "")])
+    return table(["figure", "value", "turns", "bar", "", "reason"], rows)
 
 
 def machines(sections: dict[str, Any]) -> list[str]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 NEIGHBORS = 30
 RECALL = 0.999
 _EFFORTS = (4, 8, 12, 16, 24, 32, 48, 64, 100, 150, 250, 400, 800, 1600)
-_SAMPLE = 500
 
 
 def lists_of(cells: int) -> int:
@@ -47,9 +46,9 @@ def _least(search: Search, queries: Any, truth: Any, wanted: float) -> tuple[int
     """The least effort that reaches a recall on some queries, and the recall; the most of all where none does."""
 
     def reached(effort: int) -> float:
-        return _recall(search(queries[:_SAMPLE], effort), truth[:_SAMPLE])
+        return _recall(search(queries, effort), truth)
 
-    low, high = 0, 0
+    low, high = _EFFORTS[0] - 1, 0
     for high in _EFFORTS:
         if (recall := reached(high)) >= wanted:
             break

@@ -20,7 +20,7 @@ TITLE = "Search"
 COUNTS = (
     "Queries per CPU-second on one core with one thread, 30 neighbours among a million latents of 30 dimensions, all"
     " queries in one call; positions and distances come out, as of the peers. Each peer probes the least that reaches a"
-    " recall of .999 on 500 queries, ours probes what its index calibrated. A single query is the median of 300 by the"
+    " recall of .999 on them, ours probes what its index calibrated. A single query is the median of 300 by the"
     " clock. Recall under a filter is over 1,000 queries against comparing with every selected cell."
 )
 PEERS = {
@@ -42,7 +42,7 @@ def run(context: Context) -> Report:
         Way("ours, with rows", "benchmarks.searchours:batch_rows", told, queries, "queries"),
     ]
     theirs = {name: _peer(context, name, data, queries) for name in PEERS if _is_there(name, data)}
-    batch = in_turns([*mine, *theirs.values()], context.log, context.samples)
+    batch = in_turns([*mine, *theirs.values()], context.log, context.many_samples)
     by_name = {measurement.way: measurement for measurement in batch}
     figures = [_against(by_name, name) for name in ("lancedb", "tiledb-vector-search")]
     one = in_turns(

@@ -1,7 +1,7 @@
 """Taking several ways in turns, each in processes of its own on pinned cores.
 
 A way names a function that prepares and gives back what is timed. Its process does that once to warm up; then all ways
-take turns, A B A B, so that a machine that slows down slows all of them. Preparing (imports, opening, loading a model)
+take turns, A B B A, so that a machine that slows down slows all of them. Preparing (imports, opening, loading a model)
 is outside of the samples. A way that is ``fresh`` is timed as a whole instead: a new process for each sample, from
 being started until it and all that it started have ended.
 """
@@ -178,7 +178,8 @@ def in_turns(ways: Sequence[Way], log: Path, samples: int = 3, warm: int = 1) ->
     with ExitStack() as stack:
         children = {way.name: stack.enter_context(Child(way, log)) for way in ways if not way.fresh}
         for turn in range(-warm, samples):
-            for way in ways:
+            # Forth and back, so that a machine that grows slower within a turn does not always do so for the same way.
+            for way in ways if turn % 2 == 0 else reversed(ways):
                 child = children.get(way.name) or stack.enter_context(Child(way, log))
                 if child.missing:
                     missing[way.name] = child.missing

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+_TURNS = 6
+"""Turns from which on it is said between which values a ratio lies."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One time that a way was taken.
@@ -89,20 +93,26 @@ class Ratio:
     value: float | None
     best: float | None = None
     reason: str = ""
+    low: float | None = None
+    high: float | None = None
 
     @classmethod
     def of(cls, one: Measurement, other: Measurement) -> Ratio:
         """Median of the turns' ratios, or ratio of the medians where they took no turns; ``best`` of the best samples.
 
         Samples of a turn follow each other: a machine whose speed changes by a quarter from minute to minute changes it
-        for both, while medians may come from different minutes.
+        for both, while medians may come from different minutes. What is left is told by ``low`` and ``high``, the least
+        and the largest ratio of a turn but one: of nine turns, in 96 of 100 cases the median of very many lies between.
         """
         if reason := one.missing or other.missing:
             return cls(None, reason=reason)
         value, best = one.rate / other.rate, one.best_rate / other.best_rate
         pairs = [(a.cpu, b.cpu) for a, b in zip(one.samples, other.samples, strict=False) if a.turn == b.turn]
         if len(pairs) == len(one.samples) == len(other.samples):
-            value = statistics.median(b / a for a, b in pairs) * one.amount / other.amount
+            turns = sorted(b / a * one.amount / other.amount for a, b in pairs)
+            if len(turns) >= _TURNS:
+                return cls(statistics.median(turns), best, low=turns[1], high=turns[-2])
+            value = statistics.median(turns)
         return cls(value, best)
 
 
@@ -130,19 +140,21 @@ class Figure:
         None where it could not be measured.
     reason
         Why it could not.
-    best
-        The same by the best samples, for a ratio.
+    best, low, high
+        Of a ratio: the same by the best samples, and between which it lies, where there were turns enough to say.
     """
 
     name: str
     value: float | None
     reason: str = ""
     best: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     @classmethod
     def ratio(cls, name: str, ratio: Ratio) -> Figure:
         """A ratio by its name."""
-        return cls(name, ratio.value, ratio.reason, ratio.best)
+        return cls(name, ratio.value, ratio.reason, ratio.best, ratio.low, ratio.high)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ def test_tables_plots_and_page(tmp_path, report, header):
     sections = {"reading": section(report, header)}
     write(tmp_path, sections)
     text = (tmp_path / PAGE).read_text()
-    assert "| `read_vs_blockwise` | 1.33 | at least 4 | **missed** |  |" in text
+    assert "| `read_vs_blockwise` | 1.33 |  | at least 4 | **missed** |  |" in text
     assert "| ours | 1.00 | 400 | 600 | 3 | 1 |" in text
     assert "| gone |  | there is no wheel |" in text
     assert "- more: 1" in text

@@ -74,7 +74,8 @@ def test_ways_prepare_once_and_take_turns_after_a_warm_up(ways, tmp_path):
     notes = tmp_path / "notes"
     pair = [Way(name, "some_ways:noted", {"path": str(notes), "name": name}, 100) for name in ("a", "b")]
     one, other = in_turns(pair, tmp_path / "log", samples=2)
-    assert notes.read_text().split("\n")[:-1] == ["a prepared", "b prepared"] + ["a once", "b once"] * 3
+    turns = ["b once", "a once", "a once", "b once", "b once", "a once"]  # back, forth and back
+    assert notes.read_text().split("\n")[:-1] == ["a prepared", "b prepared", *turns]
     assert [sample.turn for sample in one.samples] == [0, 1]
     assert len({sample.result["pid"] for sample in (*one.samples, *other.samples)}) == 2
     assert one.samples[0].result["cpus"] == sorted(os.sched_getaffinity(0))[:1]
@@ -146,8 +147,13 @@ def test_medians_and_bests():
     assert (found.cpu, found.wall, found.best_cpu, found.rate, found.best_rate) == (2, 2, 1, 4, 8)
     slow = Measurement("b", 8, "cells", (Sample(0, 9, 8.0),))
     assert Ratio.of(found, slow) == Ratio(4.0, 8.0)
-    turns = Measurement("c", 16, "cells", tuple(Sample(turn, 0, cpu) for turn, cpu in enumerate([8.0, 4.0, 4.0])))
-    assert Ratio.of(found, turns) == Ratio(1.0, 2.0)  # 4, 1 and 0.5: each turn by itself
+    turns = Measurement("c", 16, "cells", tuple(Sample(turn, 0, cpu) for turn, cpu in enumerate([8.0, 4.0, 8.0])))
+    assert Ratio.of(found, turns) == Ratio(1.0, 2.0)  # 4, 1 and 1, each turn by itself; by the medians it would be 2
+    many = [
+        Measurement(name, 1, "cells", tuple(Sample(turn, 0, cpu) for turn, cpu in enumerate(times)))
+        for name, times in (("a", [1.0] * 9), ("b", [9.0, 2, 3, 4, 5, 6, 7, 8, 1]))
+    ]
+    assert Ratio.of(*many) == Ratio(5.0, 1.0, low=2.0, high=8.0)
     assert Figure.ratio("x", Ratio.of(found, slow)) == Figure("x", 4.0, "", 8.0)
 
 
