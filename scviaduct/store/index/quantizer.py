@@ -26,8 +26,8 @@ POINTS_PER_LIST = 48
 """Cells of the sample, per list; below 39, faiss warns that k-means has too few."""
 _LEAST_PER_LIST = 39
 _ROUNDS = 8
-"""Of k-means; between 6 and 10, which led to 32 and 36 of 2,000 lists a query at a million cells. 8 led to 13 of 2,000
-on the benchmark's cells."""
+"""Of k-means. Between 6 and 10, chosen when all queries looked into the same number of lists: 32 and 36 of 2,000 at a
+million cells."""
 _MOST_LISTS = 16_384
 """Lists at most, reached at 67 million cells: the time of k-means grows with their square, 100 CPU-seconds there."""
 _SEED = 0
@@ -186,7 +186,8 @@ def lists_for(cells: int) -> int:
     """Lists that so many cells are spread over: 2 sqrt(n).
 
     At a million cells and a recall of .999, 1,000, 2,000 and 4,000 lists answered 7,005, 13,714 and 13,180 queries per
-    CPU-second, after 0.6, 1.5 and 7.9 CPU-seconds of k-means.
+    CPU-second, after 0.6, 1.5 and 7.9 CPU-seconds of k-means. That was with the same number of lists for all queries,
+    and slower comparing; 4,000 still cost more to train than they can gain.
     """
     return min(int(2 * math.sqrt(cells)), _MOST_LISTS)
 
