@@ -73,7 +73,9 @@ class Lists(NamedTuple):
             return parts[0]
         widest = max(part.order.shape[1] for part in parts)
         order = [np.pad(part.order, ((0, 0), (0, widest - part.order.shape[1]))) for part in parts]
-        return cls(np.concatenate(order), *(np.concatenate(one) for one in list(zip(*parts, strict=True))[1:]))
+        return cls(
+            np.concatenate(order), *(np.concatenate(one) for one in zip(*(part[1:] for part in parts), strict=True))
+        )
 
 
 class Coarse(NamedTuple):

@@ -267,7 +267,7 @@ class Searcher:
         return self._centroids.within(latent, reach, self._sizes, _HELD * k, self._threads)
 
     def _plan(self, latent: FloatArray, k: int) -> _Plan:
-        """Where each query looks. The bounds spare a fifth of a batch's time, in which cells are kept for a while."""
+        """Where each query looks. The bounds spare a seventh of a batch's time, in which cells are kept for a while."""
         lists = self._lists(latent, k)
         span = self.index.manifest.span if k <= NEIGHBORS + 1 else np.inf
         return _Plan(lists.order, lists.upto, np.float32(span) * lists.mean)
