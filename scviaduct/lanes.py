@@ -46,6 +46,11 @@ def spread(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(first, LANES), [0] * LANES))
 
 
+def flags(builder: Any, mask: Any) -> Any:
+    """A bit for each lane of a mask, as int64."""
+    return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), LONG)
+
+
 def has_avx512(context: Any) -> bool:
     """Whether code is generated for AVX-512."""
     return "+avx512f" in context.codegen().magic_tuple()[2]

@@ -21,6 +21,7 @@ from scviaduct.lanes import (
     VECTOR,
     compressed,
     element,
+    flags,
     has_avx512,
     looked_up,
     spread,
@@ -86,9 +87,9 @@ def selected(
             place = element(context, builder, kinds[argument], args[argument], args[7])
             packed = compressed(builder, vector, kept)
             builder.store(packed, builder.bitcast(place, packed.type.as_pointer()), align=4)
-        count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(half, [half]), "llvm.ctpop.i16")
-        end = builder.add(args[7], builder.zext(builder.call(count, [builder.bitcast(kept, half)]), LONG))
-        strange = builder.zext(builder.bitcast(builder.and_(builder.not_(known), mask), half), LONG)
+        count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(LONG, [LONG]), "llvm.ctpop.i64")
+        end = builder.add(args[7], builder.call(count, [flags(builder, kept)]))
+        strange = flags(builder, builder.and_(builder.not_(known), mask))
         return context.make_tuple(builder, signature.return_type, [end, strange])
 
     return signature, generate
@@ -102,7 +103,6 @@ def alike(_typing: Any, rows: Any, at: Any, row: Any) -> Any:
         start = element(context, builder, signature.args[0], args[0], args[1])
         kind = ir.VectorType(LONG, LANES)
         some = builder.load(builder.bitcast(start, kind.as_pointer()), align=8)
-        same = builder.icmp_signed("==", some, spread(builder, args[2]))
-        return builder.zext(builder.bitcast(same, ir.IntType(LANES)), LONG)
+        return flags(builder, builder.icmp_signed("==", some, spread(builder, args[2])))
 
     return types.uint64(rows, at, row), generate

@@ -24,7 +24,7 @@ from numba import types
 from numba.core import cgutils
 
 from scviaduct.compiling import compiled
-from scviaduct.lanes import LANES, LONG, element, load, lowest, number_of, spread, typed_intrinsic
+from scviaduct.lanes import LANES, LONG, element, flags, load, lowest, number_of, spread, typed_intrinsic
 from scviaduct.store.index.comparing import TILE, four, squared
 from scviaduct.store.index.scanning import Block, in_threads, scan_blocks
 
@@ -163,9 +163,8 @@ def _up_to(_typing: Any, values: Any, first: Any, bound: Any) -> Any:
         start, bounds = element(context, builder, signature.args[0], args[0], args[1]), spread(builder, args[2])
         told = LONG(0)
         for line in range(TILE // LANES):
-            within = builder.fcmp_ordered("<=", load(builder, start, line), bounds)
-            bits = builder.zext(builder.bitcast(within, ir.IntType(LANES)), LONG)
-            told = builder.or_(told, builder.shl(bits, LONG(line * LANES)))
+            within = flags(builder, builder.fcmp_ordered("<=", load(builder, start, line), bounds))
+            told = builder.or_(told, builder.shl(within, LONG(line * LANES)))
         return told
 
     return types.uint64(values, first, bound), generate

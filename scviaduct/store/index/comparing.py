@@ -25,6 +25,7 @@ from scviaduct.lanes import (
     ZEROS,
     bits_of,
     element,
+    flags,
     fma,
     has_avx512,
     load,
@@ -88,9 +89,9 @@ def _near(queries: int, lines: int) -> Any:
                     for line, total in zip(some, sums, strict=True):
                         distance = builder.load(total)
                         store(builder, distance, place(7, LONG(query * TILE)), line)
-                        within = builder.bitcast(builder.fcmp_ordered("<=", distance, bounds[query]), ir.IntType(LANES))
+                        within = flags(builder, builder.fcmp_ordered("<=", distance, bounds[query]))
                         word, bit = divmod(line * LANES, TILE)
-                        bits = builder.shl(builder.zext(within, LONG), LONG(bit))
+                        bits = builder.shl(within, LONG(bit))
                         told[query + word] = builder.or_(told[query + word], bits)
             return context.make_tuple(builder, signature.return_type, told)
 
