@@ -1,4 +1,4 @@
-"""Which lists a query looks into: those whose centroids are little farther than the nearest one.
+"""Which lists a query looks into: the nearest, and those whose centroids are little farther.
 
 A number of lists that suffices for most queries is too small where a query lies between clusters, whose neighbours are
 spread over many lists, and too large inside of one. What decides is how far into other lists neighbours can lie. The
@@ -7,10 +7,14 @@ D² + R² by about D·R. So a list is looked into where its centroid's squared d
 a multiple of D·R at most, with D and R of the nearest list; D counts as R where a query lies nearer. The multiple is
 the index's reach, measured when it is built (:mod:`scviaduct.store.index.calibration`).
 
+A list of a few cells tells nothing of where a query's neighbours are: they are in other lists, as far away as those
+are. The nearest list is therefore the nearest that holds enough cells, together with all nearer ones: D and R are its
+own. Without that, one such cell among those that the reach is measured on had half of an index looked into.
+
 R is that of the cells that centroids were trained on: it belongs to them, as they do not change with what is appended.
 
-On a million cells this compares 4,000 with a query instead of 6,600 at a recall of .999; of a query midway between two
-cells, 12 lists find .966 of the neighbours (of one of them, .4), and those within reach .9995.
+On a million cells this compares 4,200 with a query instead of 6,600 at a recall of .999; of a query midway between two
+cells, 12 of 2,000 lists find .966 of the neighbours (of one of them, .4), and those within reach .9994.
 """
 
 from __future__ import annotations
@@ -37,8 +41,6 @@ if TYPE_CHECKING:
 
 _ROOM = 16
 """Lists of a query that there is room for to begin with."""
-_WIDER = np.float32(2)
-"""How much further a query looks each time that its lists hold too few cells."""
 _FAR = np.float32(np.inf)
 _ALL, _ONE = np.uint64(2**64 - 1), np.uint64(1)
 _BITS = ir.VectorType(ir.IntType(32), LANES)
@@ -57,14 +59,25 @@ class Lists(NamedTuple):
         int64, shape ``(n_queries,)``: how many columns.
     held
         int64, shape ``(n_queries,)``: cells in them.
-    mean
-        float32, shape ``(n_queries,)``: D² + R², about the mean squared distance to the cells of the nearest list.
+    square, radius
+        float32, shape ``(n_queries,)``: D² and R.
     """
 
     order: IntArray
     upto: LongArray
     held: LongArray
-    mean: FloatArray
+    square: FloatArray
+    radius: FloatArray
+
+    @property
+    def mean(self) -> FloatArray:
+        """D² + R², about the mean squared distance to the cells of the nearest list."""
+        return self.square + self.radius * self.radius
+
+    @property
+    def spread(self) -> FloatArray:
+        """What the reach is a multiple of: R times D, or R again where that is larger."""
+        return self.radius * np.maximum(np.sqrt(self.square), self.radius)
 
     @classmethod
     def stacked(cls, parts: Sequence[Lists]) -> Lists:
@@ -132,7 +145,7 @@ class Coarse(NamedTuple):
         sizes
             int64: cells of each list of the index.
         least
-            Cells that a query's lists hold; where they hold fewer, it looks further until they do.
+            Cells that the nearest list and all nearer ones hold, if there are so many.
         threads
             That queries are spread over; None for one a core of this process.
         """
@@ -171,6 +184,37 @@ def _up_to(_typing: Any, values: Any, first: Any, bound: Any) -> Any:
 
 
 @_compiled
+def _holding(far: Any, t: int, lists: Any, sizes: Any, least: int, square: Any) -> Any:
+    """The squared distance within which lists hold enough cells, and the first centroid at that distance.
+
+    Parameters
+    ----------
+    far, t
+        Squared distances, float32, shape ``(tiles, queries, TILE)``, and of which query.
+    lists, sizes, least
+        As :func:`_within` has them.
+    square
+        Of the nearest list.
+    """
+    m = len(lists)
+    while True:
+        cells, near, farther = 0, m, _FAR
+        for one in range(m):
+            # The last tile begins earlier.
+            tile = one // TILE
+            distance = far[tile, t, one - min(tile * TILE, max(0, m - TILE))]
+            if distance <= square:
+                cells += sizes[lists[one]]
+                if distance == square:
+                    near = min(near, one)
+            else:
+                farther = min(farther, distance)
+        if cells >= least or not farther < _FAR:
+            return square, near
+        square = farther
+
+
+@_compiled
 def _within(latent: Any, x: Any, lists: Any, radii: Any, sizes: Any, reach: Any, least: int) -> Any:
     """What :class:`Lists` has.
 
@@ -182,7 +226,8 @@ def _within(latent: Any, x: Any, lists: Any, radii: Any, sizes: Any, reach: Any,
         As :class:`Coarse` and :meth:`Coarse.within` have them.
     """
     m, d, n, flat = len(radii), latent.shape[1], len(latent), latent.reshape(-1)
-    upto, held, mean = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.float32)
+    upto, held = np.empty(n, np.int64), np.empty(n, np.int64)
+    squares, radiuses = np.empty(n, np.float32), np.empty(n, np.float32)
     told = np.empty(m + _ROOM * n, np.int32)
     # Of four queries: squared distances to the centroids of each tile, and the least of them.
     tiles = -(-m // TILE)
@@ -210,26 +255,25 @@ def _within(latent: Any, x: Any, lists: Any, radii: Any, sizes: Any, reach: Any,
                     best = tile
             square = lows[t, best]
             near = lowest(_up_to(everywhere, (best * 4 + t) * TILE, square))
-            radius = radii[min(best * TILE, max(0, m - TILE)) + near]
-            more = reach * radius * max(np.sqrt(square), radius)
-            while True:
-                bound, count, cells = square + more, 0, 0
-                for tile in range(tiles):
-                    if lows[t, tile] > bound:
-                        continue
-                    low = min(tile * TILE, max(0, m - TILE))
-                    bits = _up_to(everywhere, (tile * 4 + t) * TILE, bound)
-                    bits &= there & (_ALL << np.uint64(tile * TILE - low))
-                    while bits:
-                        one = lists[low + lowest(bits)]
-                        bits &= bits - _ONE
-                        told[filled + count] = one
-                        cells += sizes[one]
-                        count += 1
-                if cells >= least or count == m or not bound < _FAR:
-                    break
-                more = max(_WIDER * more, radius * radius)
-            upto[first + t], held[first + t], mean[first + t] = count, cells, square + radius * radius
+            near += min(best * TILE, max(0, m - TILE))
+            if sizes[lists[near]] < least:
+                square, near = _holding(far, t, lists, sizes, least, square)
+            radius = radii[near]
+            bound, count, cells = square + reach * radius * max(np.sqrt(square), radius), 0, 0
+            for tile in range(tiles):
+                if lows[t, tile] > bound:
+                    continue
+                low = min(tile * TILE, max(0, m - TILE))
+                bits = _up_to(everywhere, (tile * 4 + t) * TILE, bound)
+                bits &= there & (_ALL << np.uint64(tile * TILE - low))
+                while bits:
+                    one = lists[low + lowest(bits)]
+                    bits &= bits - _ONE
+                    told[filled + count] = one
+                    cells += sizes[one]
+                    count += 1
+            upto[first + t], held[first + t] = count, cells
+            squares[first + t], radiuses[first + t] = square, radius
             filled += count
             if filled + m > len(told):
                 told = np.concatenate((told[:filled], np.empty(len(told) + m, np.int32)))
@@ -238,4 +282,4 @@ def _within(latent: Any, x: Any, lists: Any, radii: Any, sizes: Any, reach: Any,
         for i in range(upto[q]):
             order[q, i] = told[at + i]
         at += upto[q]
-    return order, upto, held, mean
+    return order, upto, held, squares, radiuses

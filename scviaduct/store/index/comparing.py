@@ -47,6 +47,8 @@ MOST = 2**32 - 1
 """The largest position that a key has room for."""
 FARTHEST = np.uint64(np.float32(np.inf).view(np.uint32)) << np.uint64(32) | np.uint64(MOST)
 """The largest key: at an infinite distance."""
+_RANKED = 512
+"""Neighbours up to which each is compared with all others, eight at a time, instead of being sorted."""
 _ALL, _ONE, _HALF, _LOW = np.uint64(2**64 - 1), np.uint64(1), np.uint64(32), np.uint64(MOST)
 
 _compiled = compiled(error_model="numpy")
@@ -177,8 +179,7 @@ def _thin(key: Any, slot: Any, q: int, n: int, k: int) -> Any:
 def scan(
     x: Any,
     offsets: Any,
-    files: Any,
-    rows: Any,
+    members: Any,
     base: Any,
     mask: Any,
     starts: Any,
@@ -201,9 +202,9 @@ def scan(
     x, offsets
         float32, flat; int64, shape ``(lists + 1,)``: list l is the block of ``d x (offsets[l + 1] - offsets[l])``
         floats from ``offsets[l] * d``.
-    files, rows, base
-        int32, int32, shape ``(n,)``, int64: vector i has the position ``base[files[i]] + rows[i]``; those of a file
-        with a negative base are left out.
+    members, base
+        int32, shape ``(n, 2)``, int64: file and row of each vector, whose position is ``base[file] + row``; those of a
+        file with a negative base are left out.
     mask
         bool, shape ``(n,)``: vectors that count; of length 0 for all of them.
     starts, queries
@@ -275,10 +276,10 @@ def scan(
                             v = lowest(bits)
                             bits &= bits - _ONE
                             element = begin + low + t * far + v
-                            start = base[files[element]]
+                            start = base[np.uint32(members[element, 0])]
                             if start < 0 or (masked and not mask[element]):
                                 continue
-                            new = _key(out[row + v], start + rows[element])
+                            new = _key(out[row + v], start + members[element, 1])
                             if new > limit[q]:
                                 continue
                             key[q, places[q]], slots[q, places[q]] = new, first + element
@@ -287,6 +288,22 @@ def scan(
                                 limit[q], places[q] = _thin(key, slots, q, width, k), k
                     j += 4 * TILE if far else wide
                 i += together
+
+
+@_compiled
+def _sort(key: Any, slot: Any, q: int, n: int) -> None:
+    """Sort a query's first n by Shell's method."""
+    gap = 1
+    while 3 * gap < n:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for i in range(gap, n):
+            one, place, j = key[q, i], slot[q, i], i
+            while j >= gap and key[q, j - gap] > one:
+                key[q, j], slot[q, j] = key[q, j - gap], slot[q, j - gap]
+                j -= gap
+            key[q, j], slot[q, j] = one, place
+        gap //= 3
 
 
 @_compiled
@@ -309,20 +326,16 @@ def settle(key: Any, slots: Any, places: Any, distance: Any, position: Any, slot
         if n > k:
             _thin(key, slots, q, n, k)
             n = k
-        gap = 1
-        while 3 * gap < n:
-            gap = 3 * gap + 1
-        while gap > 0:  # Shell's sort
-            for i in range(gap, n):
-                one, place, j = key[q, i], slots[q, i], i
-                while j >= gap and key[q, j - gap] > one:
-                    key[q, j], slots[q, j] = key[q, j - gap], slots[q, j - gap]
-                    j -= gap
-                key[q, j], slots[q, j] = one, place
-            gap //= 3
+        if n > _RANKED:
+            _sort(key, slots, q, n)
         for i in range(n):
-            distance[q, i] = _bound(key[q, i])
-            position[q, i], slot[q, i] = np.int64(key[q, i] & _LOW), slots[q, i]
+            one, rank = key[q, i], i
+            if n <= _RANKED:
+                rank = 0
+                for j in range(n):
+                    rank += key[q, j] < one
+            distance[q, rank] = _bound(one)
+            position[q, rank], slot[q, rank] = np.int64(one & _LOW), slots[q, i]
         distance[q, n:], position[q, n:], slot[q, n:] = np.inf, LAST, -1
 
 

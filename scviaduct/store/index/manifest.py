@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from scviaduct.store.space import Space
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files of an index: one of another format is built anew."""
 _KEPT = 2
 _TRIES = 5

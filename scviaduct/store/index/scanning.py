@@ -150,8 +150,7 @@ class Block(NamedTuple):
 
     x: FloatArray
     offsets: LongArray
-    files: IntArray
-    rows: IntArray
+    members: IntArray
     bases: LongArray
     mask: npt.NDArray[np.bool_]
     first: int
@@ -160,20 +159,20 @@ class Block(NamedTuple):
     def of(cls, number: int, segment: Segment, mask: npt.NDArray[np.bool_] = _EVERY) -> Block:
         """A segment, or those of its vectors that a mask names."""
         bases = frozen(segment.bases)
-        return cls(segment.x, segment.offsets, segment.files, segment.rows, bases, frozen(mask), number << SLOT)
+        return cls(segment.x, segment.offsets, segment.members, bases, frozen(mask), number << SLOT)
 
     @classmethod
     def plain(cls, x: FloatArray, offsets: LongArray, positions: IntArray) -> Block:
         """Vectors whose positions are told one by one."""
-        files, bases = np.zeros(len(positions), np.int32), np.zeros(1, np.int64)
-        return cls(frozen(x), frozen(offsets), frozen(files), frozen(positions), frozen(bases), _EVERY, 0)
+        members = np.stack([np.zeros_like(positions), positions], axis=1)
+        return cls(frozen(x), frozen(offsets), frozen(members), frozen(np.zeros(1, np.int64)), _EVERY, 0)
 
 
 def scan_blocks(blocks: Sequence[Block], latent: FloatArray, k: int) -> Found:
     """Compare queries with every vector of blocks."""
     nearest = Nearest.none(len(latent), k)
     for block in blocks:
-        scan(*block[:6], *_ALL, latent, *nearest, block.first)
+        scan(*block[:5], *_ALL, latent, *nearest, block.first)
     return nearest.found()
 
 
@@ -205,7 +204,7 @@ def scan_lists(
     lists = len(blocks[0].offsets) - 1 if blocks else 0
     pairs = invert(order, upto, lists)
     for block in blocks:
-        scan(*block[:6], *pairs, latent, *nearest, block.first)
+        scan(*block[:5], *pairs, latent, *nearest, block.first)
     return nearest.found()
 
 

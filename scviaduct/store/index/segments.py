@@ -77,7 +77,7 @@ class Task:
                 _rows(table) for _, table in _tables(space, snapshot, [n for n in snapshot.names if n != "latent"])
             ]
             starts = np.concatenate([[0], np.cumsum(segment.mapped)])
-            order = (starts[segment.files] + segment.rows).astype(np.int64)
+            order = (starts[segment.members[:, 0]] + segment.members[:, 1]).astype(np.int64)
             write_rows(tables, order, segment.offsets, folder, self.rows)
         else:
             self._write(space, snapshot, folder)
@@ -101,7 +101,7 @@ class Task:
         x, offsets, order = in_lists(np.concatenate(latents), np.concatenate(lists), lists_of(quantizer))
         x.tofile(folder / "vectors.f32")
         offsets.tofile(folder / "offsets.i64")
-        np.stack([files[order], rows[order]]).astype(np.int32).tofile(folder / "members.i32")
+        np.stack([files[order], rows[order]], axis=1).astype(np.int32).tofile(folder / "members.i32")
         write_rows(tables, order, offsets, folder, self.rows)
         told = {"names": list(self.names), "mapped": each.tolist(), "squares": squares, "dimensions": space.n_latent}
         (folder / "segment.json").write_text(json.dumps(told))
@@ -204,8 +204,8 @@ class Segment:
     x, offsets
         float32, flat; int64, shape ``(lists + 1,)``: the vectors, as :func:`scviaduct.store.index.comparing.scan` takes
         them.
-    files, rows
-        int32, shape ``(n,)``: file of each vector, and its place among the cells of the file.
+    members
+        int32, shape ``(n, 2)``: file of each vector, and its place among the cells of the file.
     bases
         int64, shape ``(files,)``: position of each file's first cell; -1 for none.
     mapped
@@ -220,8 +220,7 @@ class Segment:
 
     x: FloatArray
     offsets: LongArray
-    files: IntArray
-    rows: IntArray
+    members: IntArray
     bases: LongArray
     mapped: LongArray
     squares: float
@@ -250,14 +249,12 @@ class Segment:
             If it is not there, or not whole.
         """
         told = require_vectors(folder, lists)
-        members = _mapped(folder / "members.i32", np.int32)
-        half = len(members) // 2
-        table, counts = require_rows(folder, part.rows, half) if rows else (pa.table({}), pa.table({}))
+        members = _mapped(folder / "members.i32", np.int32).reshape(-1, 2)
+        table, counts = require_rows(folder, part.rows, len(members)) if rows else (pa.table({}), pa.table({}))
         return cls(
             _mapped(folder / "vectors.f32", np.float32),
             _mapped(folder / "offsets.i64", np.int64),
-            members[:half],
-            members[half:],
+            members,
             np.array(part.bases, np.int64),
             np.array(told["mapped"], np.int64),
             told["squares"],
@@ -279,8 +276,9 @@ class Segment:
     def positions(self, elements: LongArray | None = None) -> LongArray:
         """Positions of vectors among the version's cells; -1 for masked ones."""
         at = slice(None) if elements is None else elements
-        base = self.bases[self.files[at]]
-        return np.where(base < 0, -1, base + self.rows[at])
+        members = self.members[at]
+        base = self.bases[members[:, 0]]
+        return np.where(base < 0, -1, base + members[:, 1])
 
     def vectors(self, elements: LongArray) -> FloatArray:
         """Vectors, float32, shape ``(n, dimensions)``."""

@@ -44,7 +44,7 @@ def selected(segment: Segment, where: str) -> LongArray:
     most = at_most(segment, terms)
     begins, sizes = segment.offsets[:-1][most > 0], segment.sizes[most > 0]
     total = int(sizes.sum())
-    if total == len(segment.files):
+    if total == len(segment.members):
         elements = np.arange(total)
     else:
         elements = np.arange(total) + np.repeat(begins - np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import pyarrow as pa
 
+from scviaduct.allocator import keep_memory
 from scviaduct.store.index.kernels import gather
 from scviaduct.store.index.scanning import SLOT, Block, Found, scan_blocks, scan_lists, threaded
 from scviaduct.store.search.hits import OWN
@@ -72,6 +73,7 @@ class Slice:
     """
 
     def __init__(self, index: Index, threads: int | None = None, device: DeviceVectors | None = None) -> None:
+        keep_memory()  # what a batch takes would be given back after it, and its pages cleared and faulted in again
         self.index = index
         self._threads, self._device = threads, device
         self._selections: OrderedDict[str, Selection] = OrderedDict()
@@ -191,7 +193,7 @@ class Slice:
         blocks = []
         for number, elements in selection.elements.items():
             segment = self.index.segments[number]
-            mask = np.zeros(len(segment.files), bool)
+            mask = np.zeros(len(segment.members), bool)
             mask[elements] = True
             blocks.append(Block.of(number, segment, mask))
         return blocks

@@ -32,19 +32,20 @@ class Lab:
         self.square = np.empty((queries, lists), np.float32)
         np.put_along_axis(self.square, found.position, found.distance, axis=1)
 
+    def nearest(self, row, least):
+        """Squared distance and radius of the nearest list that holds enough cells, together with all nearer ones."""
+        for square in np.unique(row):
+            if self.sizes[row <= square].sum() >= least:
+                break
+        return square, self.radii[np.flatnonzero(row == square)[0]]
+
     def expected(self, reach, least):
         """Lists of each query, one after the other."""
         told = []
         for row in self.square:
-            near = int(np.argmin(row))
-            radius = self.radii[near]
-            more = np.float32(reach) * radius * max(np.sqrt(row[near]), radius)
-            while True:
-                chosen = np.flatnonzero(row <= row[near] + more)
-                if self.sizes[chosen].sum() >= least or len(chosen) == len(row):
-                    break
-                more = max(2 * more, radius * radius)
-            told.append(chosen)
+            square, radius = self.nearest(row, least)
+            more = np.float32(reach) * radius * max(np.sqrt(square), radius)
+            told.append(np.flatnonzero(row <= square + more))
         return told
 
 
@@ -59,8 +60,11 @@ def test_lists_within_reach(lists, queries, least):
     for order, upto, one in zip(found.order, found.upto, expected, strict=True):
         np.testing.assert_array_equal(order[:upto], one)
     assert found.held.tolist() == [lab.sizes[one].sum() for one in expected]
-    near = lab.square.argmin(axis=1)
-    np.testing.assert_allclose(found.mean, lab.square.min(axis=1) + lab.radii[near] ** 2, rtol=1e-6)
+    square, radius = np.array([lab.nearest(row, least) for row in lab.square], np.float32).T
+    np.testing.assert_array_equal(found.square, square)
+    np.testing.assert_array_equal(found.radius, radius)
+    np.testing.assert_array_equal(found.mean, square + radius**2)
+    np.testing.assert_array_equal(found.spread, radius * np.maximum(np.sqrt(square), radius))
 
 
 def test_a_query_beyond_all_lists_looks_further():
@@ -75,7 +79,7 @@ def test_no_query():
     lab = Lab(70)
     found = lab.coarse.within(lab.latent[:0], REACH, lab.sizes, 10)
     assert found.order.shape == (0, 0)
-    assert len(found.upto) == len(found.held) == len(found.mean) == 0
+    assert len(found.upto) == len(found.held) == len(found.radius) == 0
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -86,7 +90,7 @@ def test_threads_look_into_the_same_lists(threads):
     assert told.upto.tolist() == [len(one) for one in expected]
     for order, upto, one in zip(told.order, told.upto, expected, strict=True):
         np.testing.assert_array_equal(order[:upto], one)
-    assert len(told.held) == len(told.mean) == 999
+    assert len(told.held) == len(told.radius) == 999
 
 
 def test_many_lists_of_many_queries():

@@ -122,6 +122,25 @@ def test_strange_cells_find_their_neighbours(atlas, case, k):
     assert np.mean([np.isin(a, b).mean() for a, b in zip(truth, found.found.slot, strict=True)]) >= 0.99
 
 
+def test_a_few_cells_apart_do_not_decide_how_far_all_look(tmp_path):
+    """Their lists are so small that most of their neighbours are in others, which are far away."""
+    rng = np.random.default_rng(0)
+    latent = rng.normal(size=(CELLS, WIDTH)) + 8 * rng.integers(0, 2, (CELLS, WIDTH))
+    islands = np.repeat(30 * rng.normal(size=(60, WIDTH)), 8, axis=0)
+    latent[: len(islands)] = islands + rng.normal(size=islands.shape)
+    store = Store.create(tmp_path / "store")
+    lab = Lab(store, store.create_space("atlas", DIGEST, WIDTH, ("type 0",)))
+    lab.put(range(CELLS), latent=latent.astype(np.float32))
+    searcher = lab.space.searcher()
+    told = searcher.index.manifest
+    assert told.recall >= 0.999
+    assert told.probes < 0.25 * told.lists
+    for cells, least in ((latent[: len(islands)], 0.9), (latent[-500:], 0.99)):
+        query = cells.astype(np.float32)
+        truth, found = (searcher.neighbors(query, K, exact=exact).found.slot for exact in (True, False))
+        assert np.mean([np.isin(a, b).mean() for a, b in zip(truth, found, strict=True)]) >= least
+
+
 @pytest.mark.parametrize("span", [0, 0.2, 0.6])
 def test_what_is_found_does_not_depend_on_bounds(atlas, monkeypatch, span):
     lab, latent, _ = atlas
@@ -212,7 +231,7 @@ def test_a_list_that_is_too_short_is_made_up(atlas, monkeypatch):
     query = np.full((1, WIDTH), 100, np.float32)
     index = ensure_index(lab.space)
     searcher = Searcher(replace(index, manifest=replace(index.manifest, reach=0.0)), "atlas")
-    monkeypatch.setattr("scviaduct.store.search.searcher._HELD", 0)
+    monkeypatch.setattr("scviaduct.store.search.searcher.HELD", 0)
     asked = asked_of(searcher, monkeypatch)
     hits = searcher.search(Queries(["q"], ["0"], query), 5_000)
     assert asked == ["probe", "exact"]

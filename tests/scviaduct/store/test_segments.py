@@ -254,8 +254,8 @@ def test_workers_assign_lists_once_there_are_some(space):
             assert len(lists) == UNIT
             assert squares > 0
     written = min(second.segments.values(), key=lambda segment: segment.bases.max() < 1_200)
-    assert len(written.files) == CELLS - 1_200 - 1
-    found, _ = second.quantizer.assign(written.vectors(np.arange(len(written.files))), 1)
+    assert len(written.members) == CELLS - 1_200 - 1
+    found, _ = second.quantizer.assign(written.vectors(np.arange(len(written.members))), 1)
     np.testing.assert_array_equal(found, np.repeat(np.arange(len(written.sizes)), written.sizes))
     (space.space.path / "lists" / "strange").mkdir()
     ensure_index(space.space, rebuild=True)
@@ -380,4 +380,4 @@ def test_a_filtered_search_says_what_it_measured(space, monkeypatch, queries):
     found = set(zip(*(hits.table[name].to_pylist() for name in ("query", "observation_id")), strict=True))
     truth = set(zip(*(planned.table[name].to_pylist() for name in ("query", "observation_id")), strict=True))
     assert len(found & truth) >= 0.99 * len(truth)
-    assert searcher.search(asked(space), 20).measured == "256 of the index's cells, for 30 neighbours"
+    assert searcher.search(asked(space), 20).measured == "1024 of the index's cells, for 30 neighbours"
