@@ -9,12 +9,12 @@ the index's reach, measured when it is built (:mod:`scviaduct.store.index.calibr
 
 A list of a few cells tells nothing of where a query's neighbours are: they are in other lists, as far away as those
 are. The nearest list is therefore the nearest that holds enough cells, together with all nearer ones: D and R are its
-own. Without that, one such cell among those that the reach is measured on had half of an index looked into.
+own. Without that, one such cell among those that the reach is measured on has half of an index looked into.
 
 R is that of the cells that centroids were trained on: it belongs to them, as they do not change with what is appended.
 
-On a million cells this compares 4,200 with a query instead of 6,600 at a recall of .999; of a query midway between two
-cells, 12 of 2,000 lists find .966 of the neighbours (of one of them, .4), and those within reach .9994.
+On a million cells this compares 4,400 with a query instead of 6,600 at a recall of .999; of a query midway between two
+cells, 12 of 2,000 lists find .966 of the neighbours (of one of them, .4), and those within reach .9986.
 """
 
 from __future__ import annotations

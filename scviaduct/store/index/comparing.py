@@ -48,7 +48,8 @@ MOST = 2**32 - 1
 FARTHEST = np.uint64(np.float32(np.inf).view(np.uint32)) << np.uint64(32) | np.uint64(MOST)
 """The largest key: at an infinite distance."""
 _RANKED = 512
-"""Neighbours up to which each is compared with all others, eight at a time, instead of being sorted."""
+"""Neighbours up to which each is compared with all others instead of being sorted: a quarter of the time for 30, half
+of it for 300, as much for 500."""
 _ALL, _ONE, _HALF, _LOW = np.uint64(2**64 - 1), np.uint64(1), np.uint64(32), np.uint64(MOST)
 
 _compiled = compiled(error_model="numpy")
@@ -276,7 +277,7 @@ def scan(
                             v = lowest(bits)
                             bits &= bits - _ONE
                             element = begin + low + t * far + v
-                            start = base[np.uint32(members[element, 0])]
+                            start = base[members[element, 0]]
                             if start < 0 or (masked and not mask[element]):
                                 continue
                             new = _key(out[row + v], start + members[element, 1])

@@ -40,7 +40,7 @@ _SELECTED_RECALL = 0.995
 """Recall of these, which are few, so that that of all is .99."""
 _GROWTH = 1 / 6
 """Power of the number of neighbours that the reach grows with above 30. Of a million cells, the lists of 300 neighbours
-hold .994 of them without, and .9998 with it."""
+hold .994 of them without, and .9995 with it."""
 _QUERIES = 4096
 """Queries that are planned and probed at a time: a condition may ask for all lists of each, 0.5 GB at 16,384 lists."""
 _PLANS = 64
@@ -265,7 +265,7 @@ class Searcher:
         return self._centroids.within(latent, reach, self._sizes, HELD * k, self._threads)
 
     def _plan(self, latent: FloatArray, k: int) -> _Plan:
-        """Where each query looks. The bounds spare a seventh of a batch's time, in which cells are kept for a while."""
+        """Where each query looks. The bounds spare a ninth of a batch's time, in which cells are kept for a while."""
         lists = self._lists(latent, k)
         span = self.index.manifest.span if k <= NEIGHBORS + 1 else np.inf
         return _Plan(lists.order, lists.upto, np.float32(span) * lists.mean)

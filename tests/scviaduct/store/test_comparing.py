@@ -109,7 +109,7 @@ def test_blocks_are_one_as_another(dead):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("dead", [False, True])
 def test_several_blocks(dead, ties):
-    """What was kept of one has its positions already when the next is compared."""
+    """One after the other, the same is found as in each of them, merged."""
     lab = Lab(30, 9, ties=ties, dead=dead)
     one = lab.block(masked=False)
     other = one._replace(bases=frozen(np.where(one.bases < 0, -1, one.bases // 2 + 7_000_000)), first=6 << 40)
