@@ -14,7 +14,7 @@ own. Without that, one such cell among those that the reach is measured on has h
 R is that of the cells that centroids were trained on: it belongs to them, as they do not change with what is appended.
 
 On a million cells this compares 4,400 with a query instead of 6,600 at a recall of .999; of a query midway between two
-cells, 12 of 2,000 lists find .966 of the neighbours (of one of them, .4), and those within reach .9986.
+cells, 12 of 2,000 lists find .966 of the neighbours (of one of them, .4), and those within reach .998.
 """
 
 from __future__ import annotations
