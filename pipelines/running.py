@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from actors.mapping import Assignment
@@ -15,6 +14,7 @@ from scviaduct import __version__
 from scviaduct.errors import InputError
 from scviaduct.mapping.batches import group_columns
 from scviaduct.mapping.mapper import model_columns
+from scviaduct.software import software
 from scviaduct.store import RunRecord, Stager
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Run:
             cells_done=self.cells_done(),
             quarantined=[_told(item) for item in self.quarantined],
             # On a cluster the code travels with the job and is not installed, so it has no metadata to ask.
-            software={"scviaduct": __version__} | {name: version(name) for name in _SOFTWARE},
+            software={"scviaduct": __version__} | software(*_SOFTWARE),
             seconds=dict(seconds),
         )
         if not self._done:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from scviaduct.landing.counts import write_counts
 from scviaduct.landing.genetables import address_of, keep_genes
 from scviaduct.landing.manifest import Manifest, Part, Piece
 from scviaduct.landing.writing import Lineage, PieceJob, counts_there, recall, table_source
+from scviaduct.software import software
 from scviaduct.sources.counts import Rows
 from scviaduct.sources.source import KEY_COLUMN
 from scviaduct.sources.uri import parse
@@ -106,8 +106,8 @@ def plan_landing(source: Source, piece_cells: int, scan: Scan | None = None) -> 
         parts.append(replace(part, described=source.describe()) if len(grouped) == 1 else part)
         jobs.append(own)
         tables[part.genes] = table
-    software = {"scviaduct": __version__} | {name: version(name) for name in _SOFTWARE}
-    manifest = Manifest(source.uri, source.version, piece_cells, tuple(parts), scan.empty, software)
+    told = {"scviaduct": __version__} | software(*_SOFTWARE)
+    manifest = Manifest(source.uri, source.version, piece_cells, tuple(parts), scan.empty, told)
     return LandingPlan(manifest, tuple(jobs), tables)
 
 

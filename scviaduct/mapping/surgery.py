@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
 from scviaduct.errors import DataError
@@ -13,6 +12,7 @@ from scviaduct.mapping.adapters import Adapter, address
 from scviaduct.mapping.fitting import Training, fit
 from scviaduct.mapping.layout import laid_out
 from scviaduct.mapping.sampling import merge_samples, sample_batches
+from scviaduct.software import software
 from scviaduct.values import digest
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ class Surgeon:
             "loss_after": fitted.loss_after,
             "surgery": asdict(own),
             "seconds": round(time.monotonic() - began, 2),
-            "software": {name: version(name) for name in ("scvi-tools", "torch")},
+            "software": software("scvi-tools", "torch"),
         }
         where = address(self._reference.digest, batch, sample.digest, own)
         return Adapter(where, self._reference.digest, batch, self._encoder_rows(batch, vectors), vectors, told)

@@ -11,12 +11,12 @@ import fcntl
 import json
 import shutil
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from scviaduct.errors import InputError
 from scviaduct.references.features import Features
 from scviaduct.references.states import read_state, write_state
+from scviaduct.software import software
 from scviaduct.values import digest
 
 if TYPE_CHECKING:
@@ -30,11 +30,7 @@ _FORMAT = 1
 _ASIDE = ("device", "loader_workers", "with_counts", "calibrate_by")
 """Fields of a recipe that do not decide what training gives, unless labels are held out for calibration."""
 SOFTWARE = ("scvi-tools", "torch", "lightning", "anndata", "numpy")
-
-
-def software() -> dict[str, str]:
-    """Versions of what trains."""
-    return {name: version(name) for name in SOFTWARE}
+"""What trains; its versions are recorded."""
 
 
 class Work:
@@ -61,7 +57,7 @@ class Work:
             "recipe": told,
             "source": source,
             "source_version": source_version,
-            "software": software(),
+            "software": software(*SOFTWARE),
         }
         self._key = digest(_FORMAT, told, source_version, self._record["software"])
 

@@ -121,7 +121,7 @@ def _first_wrong(manifest: Mapping[str, Any]) -> str | None:
 
 
 def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return isinstance(value, list) and set(map(type, value)) <= {str}  # of 20,000 genes; JSON has no subclass
 
 
 def _are_columns(value: Any) -> bool:

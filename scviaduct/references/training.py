@@ -22,7 +22,7 @@ from scviaduct.families.vae import quiet
 from scviaduct.references.building import build_package
 from scviaduct.references.callbacks import Run
 from scviaduct.references.cells import read_cells, source_uri
-from scviaduct.references.checkpoints import Work, software
+from scviaduct.references.checkpoints import SOFTWARE, Work
 from scviaduct.references.evidence import gather
 from scviaduct.references.holding import Held
 from scviaduct.references.manifest import is_name
@@ -32,6 +32,7 @@ from scviaduct.references.package import Reference
 from scviaduct.references.ranks import ALONE, Ranks, check_together
 from scviaduct.references.starting import Start
 from scviaduct.references.trainer import Stage, fit_model, make_model
+from scviaduct.software import software
 from scviaduct.sources import open_source
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ def _package(
         "cells": read.cells.n_obs,
         "recipe": recipe.told(),
         "epochs": {name: int(row["epoch"]) for name, row in rows},
-        "software": software(),
+        "software": software(*SOFTWARE),
         **options.provenance,
     }
     if options.ranks.count > 1:

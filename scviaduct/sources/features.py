@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -174,7 +175,7 @@ class Features:
         """One per feature; empty if none is known."""
         if not any(part.modality for part in self.parts):
             return ()
-        return tuple(name for part in self.parts for name in part.modality or ("",) * len(part.var))
+        return tuple(chain.from_iterable(part.modality or ("",) * len(part.var) for part in self.parts))
 
     def absent(self, chosen: ValueFilter | None, where: str) -> npt.NDArray[np.bool_] | None:
         """Features that are left out: by ``modality=``, and by a filter on var in the modalities that have its columns.
