@@ -44,6 +44,8 @@ class Assignment:
         obs columns that mapping and staging take.
     fleet
         Adapters of the query's new batches; each is read when the first block needs it.
+    fractional
+        Whether counts that are not whole are mapped, too.
     """
 
     reference: str
@@ -51,6 +53,7 @@ class Assignment:
     stager: Stager
     columns: tuple[str, ...]
     fleet: Fleet | None = None
+    fractional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,8 @@ class MappingWorker:
         self.device = device or ("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
         self._assignments = tuple(assignments)
         self._mappers = [
-            Mapper(Reference.load(one.reference), one.settings, self.device, one.fleet) for one in assignments
+            Mapper(Reference.load(one.reference), one.settings, self.device, one.fleet, fractional=one.fractional)
+            for one in assignments
         ]
 
     def describe(self) -> dict[str, Any]:

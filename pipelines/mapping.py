@@ -265,7 +265,7 @@ def _mapped(
                     one.run(engine, address, actors, gpus)
         fleets = [one.fleet if one else None for one in fittings]
         runs = [
-            Run(query.plan(fleet), query.reference, store, space, fleet)
+            Run(query.plan(fleet), query.reference, store, space, fleet, fractional=query.fractional)
             for query, space, fleet in zip(queries, spaces, fleets, strict=True)
         ]
         if not all(run.is_complete for run in runs):

@@ -55,6 +55,11 @@ class Query:
     surgery: Surgery
     batches: QueryBatches | None
 
+    @property
+    def fractional(self) -> bool:
+        """Whether the user lets counts through that are not whole."""
+        return "counts" in self.report.overridden
+
     def plan(self, fleet: Fleet | None) -> Plan:
         """The units, addressed by what maps them."""
         adapted = (self.batches, fleet) if self.batches and fleet else None

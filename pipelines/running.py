@@ -43,6 +43,8 @@ class Run:
         Where the rows go.
     fleet
         Adapters of the query's new batches.
+    fractional
+        Whether counts that are not whole are mapped, too.
 
     Attributes
     ----------
@@ -57,7 +59,14 @@ class Run:
     """
 
     def __init__(
-        self, plan: Plan, reference: Reference, store: Store, space: Space, fleet: Fleet | None = None
+        self,
+        plan: Plan,
+        reference: Reference,
+        store: Store,
+        space: Space,
+        fleet: Fleet | None = None,
+        *,
+        fractional: bool = False,
     ) -> None:
         self.plan, self.space = plan, space
         self._store = store
@@ -66,7 +75,7 @@ class Run:
         grouped = group_columns(reference, plan.settings, decoder=fleet.decoder) if fleet else ()
         columns = tuple(dict.fromkeys([*model_columns(reference, plan.settings), *grouped, *kept]))
         stager = Stager(str(space.path), f"{reference.name}@{reference.digest[:12]}", plan.run)
-        self.assignment = Assignment(str(reference.path), plan.settings, stager, columns, fleet)
+        self.assignment = Assignment(str(reference.path), plan.settings, stager, columns, fleet, fractional)
         self._done: dict[str, Completion] = space.completions(unit.id for unit in plan.units)
         self.left: list[Unit] = [unit for unit in plan.units if unit.id not in self._done]
         self.is_complete = not self.left and space.is_visible(self._done.values())

@@ -180,7 +180,7 @@ def _map_queries(space: Space, cells: str, path: str | None, settings: Settings,
             f"Reference '{package.name}' is {package.digest[:12]} here, the space is of {space.digest[:12]}.",
             "Register the reference that the space was mapped with, or name its package: --package PATH.",
         )
-    mapper = Mapper(package, settings)
+    mapper = Mapper(package, settings, fractional="counts" in accept)
     datasets, ids, latent = [], [], []
     with open_source(cells) as source:
         grouped = group_columns(package, settings)

@@ -127,7 +127,8 @@ class Decoder:
     def __init__(self, reference: Reference, settings: Settings, fleet: Fleet | None, device: str = "cpu") -> None:
         reference.require(MODEL, REGISTRY, TEMPLATE)
         self.reference, self._settings, self._fleet = reference, settings, fleet
-        self._mapper = Mapper(reference, settings, device, fleet)
+        # Whether fractions may be was decided when the cells were mapped.
+        self._mapper = Mapper(reference, settings, device, fleet, fractional=True)
         self._family, own = family(reference.family), read_model(reference.path)
         adapters = {batch: fleet.shelf.get(address) for batch, address in fleet.addresses.items()} if fleet else {}
         self._names = Names.give(reference, adapters)

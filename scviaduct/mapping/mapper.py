@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from scviaduct.references.package import Reference
     from scviaduct.values import CellBlock, FloatArray, IntArray, LongArray, Settings
 
-_INFINITE = np.float32(np.inf).view(np.uint32)
-
 
 def model_columns(reference: Reference, settings: Settings) -> tuple[str, ...]:
     """obs columns that the encoder reads.
@@ -66,14 +64,22 @@ class Mapper:
         ``"cpu"`` or a CUDA device.
     fleet
         Adapters of the query's new batches; None for a query that has none.
+    fractional
+        Whether counts that are not whole are mapped, too; else they are an error.
     """
 
     def __init__(
-        self, reference: Reference, settings: Settings, device: str = "cpu", fleet: Fleet | None = None
+        self,
+        reference: Reference,
+        settings: Settings,
+        device: str = "cpu",
+        fleet: Fleet | None = None,
+        *,
+        fractional: bool = False,
     ) -> None:
         from scviaduct.mapping.adapted import Adapted
 
-        self.reference = reference
+        self.reference, self._fractional = reference, fractional
         self.settings = settings
         self._encoder = reference.encoder(device)
         self._adapted = Adapted(reference, settings, self._encoder, fleet) if fleet else None
@@ -110,8 +116,8 @@ class Mapper:
         Raises
         ------
         DataError
-            If a count is NaN, infinite or negative, a batch or covariate value is one that the reference does not know,
-            or a latent is not finite.
+            If a count is NaN, infinite, negative or, unless fractions were let through, not whole; a batch or covariate
+            value is one that the reference does not know; or a latent is not finite.
         """
         encoded, adapters, of = self.encode(block)
         mean, location = encoded.mean, encoded.location
@@ -166,18 +172,24 @@ class Mapper:
 
     def _require_counts(self, block: CellBlock) -> None:
         """Preflight sees a sample only; NaN or a negative sum would make a cell look empty and pass for one."""
-        data = block.data
-        # One pass instead of two: as unsigned integers, bits ascend with the numbers, and those of infinity, of NaN and
-        # of what has a sign lie above. That may be a negative zero, which passes.
-        if len(data) and data.view(np.uint32).max() >= _INFINITE and not ((data >= 0) & (data < np.inf)).all():
-            at = int(np.flatnonzero(~((data >= 0) & (data < np.inf)))[0])
-            cell = block.obs["observation_id"][int(np.searchsorted(block.indptr, at, side="right")) - 1].as_py()
-            gene = next(iter(self.reference.genes.columns.values()))[int(block.indices[at])]
-            raise DataError(
-                f"Cell '{cell}' of dataset '{block.shard.dataset_id}' has {block.data[at]:g} of gene '{gene}', which is"
-                " not a count.",
-                "Mend the cell, or name where raw counts are, e.g. layer=counts or layer=raw.",
-            )
+        from scviaduct.mapping.counting import are_counts
+
+        data = np.ascontiguousarray(block.data)
+        if are_counts(data, self._fractional):
+            return
+        possible = (data >= 0) & (data < np.inf)
+        wrong = ~possible if self._fractional or not possible.all() else data != np.floor(data)
+        at = int(np.flatnonzero(wrong)[0])
+        cell = block.obs["observation_id"][int(np.searchsorted(block.indptr, at, side="right")) - 1].as_py()
+        gene = next(iter(self.reference.genes.columns.values()))[int(block.indices[at])]
+        remedy = "Mend the cell, or name where raw counts are, e.g. layer=counts or layer=raw."
+        if possible[at]:
+            remedy += " If fractions are meant, as after a removal of ambient RNA, let them through: --accept counts."
+        raise DataError(
+            f"Cell '{cell}' of dataset '{block.shard.dataset_id}' has {data[at]:g} of gene '{gene}', which is not a"
+            " count.",
+            remedy,
+        )
 
     def _label(
         self, latent: FloatArray, location: FloatArray, mapped: np.ndarray[tuple[int], np.dtype[np.bool_]]

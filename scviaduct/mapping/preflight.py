@@ -30,9 +30,11 @@ SAMPLE_CELLS = 4096
 """Cells read for the sample, at most; spread over the files and along each."""
 SAMPLE_FILES = 64
 """Files that the sample reads from, at most."""
-SAMPLE_PLACES = 8
-"""Places along the source that the sample reads from, unless there are more files. Each costs a tile of SOMA, which is
-decoded whole: 2,048 cells, 35 to 50 ms."""
+SAMPLE_PLACES = 4, 8
+"""Fewest and most places along the source that the sample reads from, unless there are more files. Each costs a tile of
+SOMA, which is decoded whole: 2,048 cells, 35 to 50 ms."""
+_CELLS_A_PLACE = 49_152
+"""The sample takes a twenty-fourth of the time of reading a query of SOMA then, at most."""
 
 Verdict = Literal["fit", "not fit", "cannot tell"]
 _EXIT: dict[Verdict, int] = {"fit": 0, "not fit": 1, "cannot tell": 3}
@@ -54,6 +56,8 @@ class Report:
         Cells whose counts were looked at.
     findings
         In the order of the checks.
+    overridden
+        Names that the user accepts findings of, whether or not the sample had one: what it missed may come up later.
     """
 
     source: str
@@ -63,6 +67,7 @@ class Report:
     shards: int
     sampled: int
     findings: tuple[Finding, ...]
+    overridden: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -102,7 +107,7 @@ class Report:
             replace(finding, level="accepted") if finding.name in names and finding.level == "stop" else finding
             for finding in self.findings
         )
-        return replace(self, findings=findings)
+        return replace(self, findings=findings, overridden=tuple(names))
 
     def require_fit(self) -> None:
         """Close the gate unless the verdict is ``fit``.
@@ -235,8 +240,9 @@ def _one_per_file(shards: Sequence[Shard]) -> list[Shard]:
 def _sample(shards: Sequence[Shard], cells: int) -> list[tuple[Shard, int]]:
     """Where to look and how many cells to read there: every file (up to a bound), and evenly along the source."""
     chosen = _evenly(_one_per_file(shards), min(SAMPLE_FILES, cells))
-    places = min(SAMPLE_PLACES, cells)
-    chosen = list(dict.fromkeys([*chosen, *_evenly(shards, places - len(chosen))]))
+    fewest, most = SAMPLE_PLACES
+    places = min(max(sum(shard.cells for shard in shards) // _CELLS_A_PLACE, fewest), most, cells)
+    chosen = list(dict.fromkeys([*chosen, *_evenly(shards, places - len(chosen) + 1)]))  # of both, the first is one
     if not chosen:
         return []
     limit = cells // len(chosen)

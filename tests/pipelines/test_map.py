@@ -125,6 +125,17 @@ def test_what_cannot_be_mapped_is_quarantined_with_its_reason(engine, spoil, pbm
     assert sv.map(str(path), **options).mapped_units == 0  # tried again, and quarantined again
 
 
+def test_fractions_that_the_sample_missed_are_let_through_by_whoever_finishes_the_run(spoil, pbmc, rows, tmp_path):
+    path, whole = spoil(2.5)
+    options = {"reference": "pbmc", "store": str(tmp_path / "s"), "shard_cells": 300, "engine": "inline", "quiet": True}
+    first = sv.map(str(path), **options)
+    assert (first.exit_status, first.cells_done) == (4, whole.n_obs - 300)
+    assert "has 2.5 of gene" in first.quarantined[0].reason
+    second = sv.map(str(path), **options, accept=["counts"])
+    assert (second.run, second.mapped_units, second.exit_status) == (first.run, 1, 0)
+    assert len(rows(tmp_path / "s")) == whole.n_obs
+
+
 def test_inline_quarantines_what_the_dispatcher_would_and_gives_threads_back(symphony, pbmc, monkeypatch, tmp_path):
     """Any error is tried three times, as on Ray; and the notebook that called goes on with its own threads."""
     import torch
@@ -166,7 +177,7 @@ def test_hits_come_from_one_version_whoever_commits_meanwhile(symphony, pbmc, mo
 
 
 def test_a_run_without_a_single_mapped_unit_commits_nothing(spoil, pbmc, tmp_path):
-    path, _ = spoil(np.nan)
+    path, _ = spoil(np.nan, cell=1100)
     found = sv.map(str(path), reference="pbmc", store=str(tmp_path / "s"), engine="inline", quiet=True)
     assert (found.state, found.version, found.exit_status) == ("failed", None, 4)
     assert sv.status(tmp_path / "s").runs[0]["state"] == "failed"

@@ -611,9 +611,9 @@ def test_the_gate_names_everything_that_is_wrong(check, make_cells, conditional)
 @pytest.mark.parametrize(
     ("shard_cells", "sampled", "last_place"),
     [
-        (10_000, 4096, 5000 * 7 // 8),  # eight places in one shard
-        (2500, 4096, 2500 + 2500 * 3 // 4),  # four in each of two
-        (100, 700, 4900),  # seven whole shards of fifty
+        (10_000, 4096, 5000 * 3 // 4),  # four places in one shard
+        (2500, 4096, 2500 + 2500 // 2),  # two in each of two
+        (100, 400, 4900),  # four whole shards of fifty
     ],
 )
 def test_the_sample_is_bounded_and_spread_along_a_file(check, make_cells, scanvi, shard_cells, sampled, last_place):
@@ -654,14 +654,21 @@ def test_the_sample_s_bounds(files, each, cells):
     assert {"file:///000.h5ad", f"file:///{files - 1:03}.h5ad"} <= taken
     assert sum(limit for _, limit in sample) <= cells
     assert min(limit for _, limit in sample) >= 1
-    assert len(sample) <= max(preflight.SAMPLE_PLACES, len(taken))
+    assert len(sample) <= max(*preflight.SAMPLE_PLACES, len(taken))
     looked = [row for shard, limit in sample for row in range(shard.start, min(shard.start + limit, shard.stop))]
     if files == 1:
         assert len(looked) == len(set(looked))
-        assert max(looked) >= each * 100 * 7 // 8
+        assert max(looked) >= each * 100 * 3 // 4
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -3])
+@pytest.mark.parametrize(("cells", "places"), [(100_000, 4), (300_000, 6), (50_000_000, 8)])
+def test_more_cells_are_looked_at_in_more_places(cells, places):
+    sample = preflight._sample(shards(1, 50, cells // 50), 4096)
+    assert len(sample) == places
+    assert sum(limit for _, limit in sample) <= 4096
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -3, 2.5])
 def test_what_the_sample_missed_stops_the_mapping(check, make_cells, write, scan, scanvi, value):
     path = write(with_value(make_cells(600), 599, 5, value))
     assert check(path, scanvi, sample=16).verdict == "fit"
@@ -671,4 +678,12 @@ def test_what_the_sample_missed_stops_the_mapping(check, make_cells, write, scan
         Mapper(scanvi, Settings()).map(block)
     told = f"Cell 'cell599' of dataset 'query' has {value:g} of gene 'ENSG00000000005', which is not a count."
     assert error.value.problem == told
-    assert error.value.remedy.endswith("e.g. layer=counts or layer=raw.")
+    assert "e.g. layer=counts or layer=raw." in error.value.remedy
+    lenient = Mapper(scanvi, Settings(), fractional=True)
+    if value == 2.5:
+        assert error.value.remedy.endswith("let them through: --accept counts.")
+        assert lenient.map(block).mapped.all()
+    else:
+        assert "--accept" not in error.value.remedy
+        with pytest.raises(DataError, match="which is not a count"):
+            lenient.map(block)
