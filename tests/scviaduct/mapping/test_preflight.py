@@ -611,8 +611,8 @@ def test_the_gate_names_everything_that_is_wrong(check, make_cells, conditional)
 @pytest.mark.parametrize(
     ("shard_cells", "sampled", "last_place"),
     [
-        (10_000, 4096, 5000 * 3 // 4),  # four places in one shard
-        (2500, 4096, 2500 + 2500 // 2),  # two in each of two
+        (10_000, 2048, 5000 * 3 // 4),  # four places in one shard
+        (2500, 2048, 2500 + 2500 // 2),  # two in each of two
         (100, 400, 4900),  # four whole shards of fifty
     ],
 )
@@ -645,7 +645,7 @@ def shards(files, each, cells=100):
 
 @pytest.mark.parametrize(
     ("files", "each", "cells"),
-    [(1, 1, 4096), (1, 40, 4096), (3, 7, 4096), (20, 1, 40), (64, 2, 1000), (65, 1, 650), (500, 2, 4096), (1, 40, 5)],
+    [(1, 1, 2048), (1, 40, 2048), (3, 7, 2048), (20, 1, 40), (64, 2, 1000), (65, 1, 650), (500, 2, 2048), (1, 40, 5)],
 )
 def test_the_sample_s_bounds(files, each, cells):
     sample = preflight._sample(shards(files, each), cells)
@@ -663,9 +663,9 @@ def test_the_sample_s_bounds(files, each, cells):
 
 @pytest.mark.parametrize(("cells", "places"), [(100_000, 4), (300_000, 6), (50_000_000, 8)])
 def test_more_cells_are_looked_at_in_more_places(cells, places):
-    sample = preflight._sample(shards(1, 50, cells // 50), 4096)
+    sample = preflight._sample(shards(1, 50, cells // 50), 2048)
     assert len(sample) == places
-    assert sum(limit for _, limit in sample) <= 4096
+    assert sum(limit for _, limit in sample) <= 2048
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -3, 2.5])
