@@ -16,11 +16,15 @@ REACH = 1.3
 
 
 class Lab:
-    """Centroids with radii, and queries among them; every fifth centroid is there twice."""
+    """Centroids with radii, and queries among them; every fifth centroid is there twice.
 
-    def __init__(self, lists, d=30, queries=9, seed=0):
+    They are in two halves, so far ``apart``.
+    """
+
+    def __init__(self, lists, d=30, queries=9, seed=0, apart=0):
         rng = np.random.default_rng(seed)
         centroids = rng.normal(size=(lists, d)).astype(np.float32)
+        centroids[lists // 2 :] += np.float32(apart)
         centroids[5::5] = centroids[4:-1:5][: len(centroids[5::5])]
         self.radii = rng.uniform(0.5, 1.5, lists).astype(np.float32)
         self.sizes = rng.integers(0, 40, lists)
@@ -65,6 +69,15 @@ def test_lists_within_reach(lists, queries, least):
     np.testing.assert_array_equal(found.radius, radius)
     np.testing.assert_array_equal(found.mean, square + radius**2)
     np.testing.assert_array_equal(found.spread, radius * np.maximum(np.sqrt(square), radius))
+
+
+@pytest.mark.parametrize("apart", [1, 8, 30, 1e6])
+def test_lists_far_from_each_other(apart):
+    """At 8, products tell distances to .02, and 3 % of the queries have a list in doubt; beyond, they are not used."""
+    lab = Lab(300, queries=999, apart=apart)
+    found = lab.coarse.within(lab.latent, REACH, lab.sizes, 50)
+    for order, upto, one in zip(found.order, found.upto, lab.expected(REACH, 50), strict=True):
+        np.testing.assert_array_equal(order[:upto], one)
 
 
 def test_a_query_beyond_all_lists_looks_further():
