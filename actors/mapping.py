@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scviaduct.mapping.planning import Bundle
     from scviaduct.mapping.reading import SharedBlock
     from scviaduct.store import Completion, Stager
-    from scviaduct.values import Settings, Unit
+    from scviaduct.values import CellBlock, Settings, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +132,13 @@ class MappingWorker:
         """
         done: list[Completion] = []
         failed: list[Failure] = []
+        blocks: list[CellBlock] = []
         for at, (position, unit) in enumerate(bundle.units):
             faults.point("encode")
             mine = self._assignments[position]
             try:
-                block = shared.of(at)
+                blocks = blocks or shared.together(at)
+                block = blocks.pop(0)
                 mapping = self._mappers[position].map(block)
                 done.append(mine.stager.stage(unit, block, mapping, mine.settings))
             except Exception as error:  # noqa: BLE001 - the other references go on; the dispatcher decides about this one

@@ -9,16 +9,20 @@ import numpy as np
 
 from scviaduct.mapping.genes import GeneMatch, match_genes
 from scviaduct.sources import open_shard
-from scviaduct.sources.counts import GeneTarget
+from scviaduct.sources.counts import GeneTarget, align_each
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from scviaduct.landing.alongside import Alongside
     from scviaduct.references.package import Reference
+    from scviaduct.sources.counts import Rows
     from scviaduct.values import CellBlock, IntArray, Shard
 
 _MATCHES: dict[tuple[str, str, str], GeneMatch] = {}
+_TOGETHER = 4
+"""References that counts are aligned to at a time. Each holds a quarter of the shared block's counts or so, and more
+at a time would save little."""
 _MATCHES_KEPT = 64  # a match holds 4 bytes a source gene: 64 of 60,000 genes are 15 MB
 
 
@@ -33,7 +37,7 @@ class SharedBlock:
         are one differs from reference to reference. For a single reference, and for several of the same genes, they are
         in the references' genes already.
     targets
-        Where those genes go, one per reference; None where they are there.
+        Where those genes go, one per reference; None for all of them where they are there.
     """
 
     block: CellBlock
@@ -55,8 +59,26 @@ class SharedBlock:
         block, target = self.block, self.targets[position]
         if target is None:
             return block
-        rows = target.align(block.indptr, block.indices, block.data)
-        return replace(block, indptr=rows.indptr, indices=rows.indices, data=rows.data, n_genes=target.n_genes)
+        return _aligned(block, target, target.align(block.indptr, block.indices, block.data))
+
+    def together(self, position: int) -> list[CellBlock]:
+        """What :meth:`of` gives of a reference and of some that follow, in less time than one after the other.
+
+        Parameters
+        ----------
+        position
+            Of the first reference.
+        """
+        block, targets = self.block, self.targets[position : position + _TOGETHER]
+        there = [target for target in targets if target is not None]
+        if not there:
+            return [block] * len(targets)
+        found = align_each(there, block.indptr, block.indices, block.data)
+        return [_aligned(block, target, rows) for target, rows in zip(there, found, strict=True)]
+
+
+def _aligned(block: CellBlock, target: GeneTarget, rows: Rows) -> CellBlock:
+    return replace(block, indptr=rows.indptr, indices=rows.indices, data=rows.data, n_genes=target.n_genes)
 
 
 def gene_match(shard: Shard, reference: Reference) -> GeneMatch:

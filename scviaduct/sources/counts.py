@@ -14,7 +14,7 @@ import numpy as np
 from scviaduct.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SLAB_BYTES = 64 << 20
 """Bytes that a reader holds of the source at a time, decoded."""
+_CACHE_BYTES = 1 << 20
+"""Of counts that are aligned to several references before the next: half of a core's second cache, or all of it."""
 _GAP = 32
 """Rows between two selected ones that are read rather than skipped: a request costs more than they do."""
 
@@ -104,16 +106,11 @@ class GeneTarget:
         """
         from scviaduct.sources import kernels
 
-        if not (indptr[0] == 0 and indptr[-1] == len(indices) == len(data) and (np.diff(indptr) >= 0).all()):
-            raise ValueError(
-                f"indptr leads from {indptr[0]} to {indptr[-1]} of {len(indices)} genes, {len(data)} values"
-            )
-        if indices.dtype.kind not in "iu":
-            raise ValueError(f"genes are of type {indices.dtype}")
+        _check_rows(indptr, indices, data)
         starts, stops = indptr[:-1], indptr[1:]
         if chosen is not None and len(chosen) < len(starts):
             starts, stops = starts[chosen], stops[chosen]
-        pointers = np.empty(len(starts) + 1, np.int64)
+        pointers = np.zeros(len(starts) + 1, np.int64)
         room = int((stops - starts).sum())
         columns, values = np.empty(room, np.int32), np.empty(room, np.float32)
         read = [kernels.given(array) for array in (starts, stops, _plain(indices), _plain(data), self.columns)]
@@ -128,6 +125,50 @@ class Rows(NamedTuple):
     indptr: LongArray
     indices: IntArray
     data: FloatArray
+
+
+def align_each(
+    targets: Sequence[GeneTarget],
+    indptr: LongArray,
+    indices: npt.NDArray[np.integer],
+    data: npt.NDArray[np.generic],
+) -> list[Rows]:
+    """What :meth:`GeneTarget.align` gives for each of some targets, in less time than one after the other.
+
+    Parameters
+    ----------
+    targets
+        Of as many genes each.
+    indptr, indices, data
+        As there.
+
+    Raises
+    ------
+    ValueError
+        If these are not rows of a matrix with as many genes as the source.
+    """
+    from scviaduct.sources import kernels
+
+    _check_rows(indptr, indices, data)
+    columns = np.stack([target.columns for target in targets])
+    pointers = np.zeros((len(targets), len(indptr)), np.int64)
+    # Room for all values in each; what is not written takes no memory.
+    genes, values = np.empty((len(targets), len(data)), np.int32), np.empty((len(targets), len(data)), np.float32)
+    scratch = kernels.scratch(max(target.n_genes for target in targets))
+    read = [kernels.given(array) for array in (indptr[:-1], indptr[1:], _plain(indices), _plain(data), columns)]
+    together = max(1, _CACHE_BYTES * len(indptr) // max(8 * len(data), 1))
+    if not kernels.align_each(*read, pointers, genes, values, *scratch, together):
+        raise ValueError(f"genes {indices.min()} to {indices.max()} of {columns.shape[1]}")
+    ends = pointers[:, -1].tolist()
+    return [Rows(pointers[i], genes[i, :end], values[i, :end]) for i, end in enumerate(ends)]
+
+
+def _check_rows(indptr: LongArray, indices: npt.NDArray[np.integer], data: npt.NDArray[np.generic]) -> None:
+    """Refuse what kernels would read beyond the end of."""
+    if not (indptr[0] == 0 and indptr[-1] == len(indices) == len(data) and (np.diff(indptr) >= 0).all()):
+        raise ValueError(f"indptr leads from {indptr[0]} to {indptr[-1]} of {len(indices)} genes, {len(data)} values")
+    if indices.dtype.kind not in "iu":
+        raise ValueError(f"genes are of type {indices.dtype}")
 
 
 def _plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

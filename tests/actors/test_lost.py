@@ -36,7 +36,7 @@ def worker_of(kind, device):
 
 def ran(worker):
     bundle = SimpleNamespace(units=[(0, SimpleNamespace(id="u0")), (0, SimpleNamespace(id="u1"))])
-    return worker.run(bundle, SimpleNamespace(of=lambda at: None))
+    return worker.run(bundle, SimpleNamespace(together=lambda at: [None]))
 
 
 def test_the_device_tells_whether_it_is_lost(monkeypatch):

@@ -12,6 +12,7 @@ from scviaduct.errors import DataError, SourceChangedError
 from scviaduct.mapping import reading
 from scviaduct.mapping.reading import gene_match, read_block, read_shared
 from scviaduct.references.package import Reference
+from scviaduct.sources import counts
 from scviaduct.values import GeneTable
 
 
@@ -158,8 +159,30 @@ def test_what_is_read_for_several_is_to_the_bit_what_is_read_for_each(which, wri
     references = [named("odd", genes[::2][::-1]), named("other", OTHERS[which](genes))]
     (shard,) = scan(write(adata)).shards
     shared = read_shared(shard, references, ("age",))
-    for at, reference in enumerate(references):
-        assert_same(shared.of(at), read_block(shard, reference, ("age",)))
+    for at, (reference, block) in enumerate(zip(references, shared.together(0), strict=True)):
+        alone = read_block(shard, reference, ("age",))
+        assert_same(shared.of(at), alone)
+        assert_same(block, alone)
+
+
+@pytest.mark.parametrize("nnz", [0, 40, 8000])
+@pytest.mark.parametrize("references", [1, 4, 5, 9])
+def test_references_are_aligned_together_as_alone(nnz, references, monkeypatch, write, scan, make_cells, named):
+    """Some rows at a time, and some references at a time; genes of some are in another order."""
+    monkeypatch.setattr(counts, "_CACHE_BYTES", 3000)
+    rng = np.random.default_rng(references)
+    adata = make_cells(400)
+    adata.X = sparse.random(*adata.shape, nnz / np.prod(adata.shape), "csr", np.float32, rng)
+    adata.X.data = np.ceil(9 * adata.X.data)
+    orders = [rng.permutation(adata.n_vars)[: 5 + 3 * i] for i in range(references)]
+    asked = [
+        named(f"{i}", tuple(adata.var_names[np.sort(order) if i % 2 else order])) for i, order in enumerate(orders)
+    ]
+    (shard,) = scan(write(adata)).shards
+    shared = read_shared(shard, asked, ())
+    found = [block for first in range(0, references, 4) for block in shared.together(first)]
+    for reference, block in zip(asked, found, strict=True):
+        assert_same(block, read_block(shard, reference, ()))
 
 
 def test_genes_that_are_one_to_one_reference_and_two_to_another(write, scan, make_cells, named):
