@@ -8,7 +8,7 @@ import pytest
 import scvi
 
 import pipelines as sv
-from scviaduct.errors import InputError, NotFitError
+from scviaduct.errors import DataError, InputError, NotFitError
 from scviaduct.families.vae import quiet
 from scviaduct.store import Store
 
@@ -134,6 +134,9 @@ def test_fractions_that_the_sample_missed_are_let_through_by_whoever_finishes_th
     second = sv.map(str(path), **options, accept=["counts"])
     assert (second.run, second.mapped_units, second.exit_status) == (first.run, 1, 0)
     assert len(rows(tmp_path / "s")) == whole.n_obs
+    with pytest.raises(DataError, match=r"has 2\.5 of gene .* --accept counts\."):
+        sv.search(tmp_path / "s", cells=str(path), k=1, quiet=True)
+    assert len(sv.search(tmp_path / "s", cells=str(path), k=1, accept=["counts"], quiet=True)) == whole.n_obs
 
 
 def test_inline_quarantines_what_the_dispatcher_would_and_gives_threads_back(symphony, pbmc, monkeypatch, tmp_path):

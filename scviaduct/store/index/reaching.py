@@ -39,7 +39,8 @@ _ROOM = 16
 _TOGETHER = 8
 """Queries that each tile of centroids is compared with while it is in the first cache."""
 _USABLE = 0.125
-"""Error of a product, in squares of the least radius, above which distances are not taken from products."""
+"""Error of a product, in squares of the least radius, above which distances are not taken from products: a choice, not
+measured. Of the million simulated latents that search is measured with, the error is .12 of it."""
 _FAR, _ROUND = np.float32(np.inf), np.float32(np.finfo(np.float32).eps)
 _ALL, _ONE = np.uint64(2**64 - 1), np.uint64(1)
 _BITS = ir.VectorType(ir.IntType(32), LANES)
@@ -156,6 +157,33 @@ def _holding(latent: Any, x: Any, lists: Any, sizes: Any, least: int, square: An
 
 
 @_compiled
+def _nearest(latent: Any, x: Any, m: int, far: Any, lows: Any, t: int, bound: Any) -> Any:
+    """The squared distance of the nearest centroid, the first of equals, and which it is.
+
+    Parameters
+    ----------
+    latent, x, m
+        The query; centroids as :func:`within` has them, and how many.
+    far, lows, t
+        Distances that may err, of the query's group; the least of each tile; and which of the group the query is.
+    bound
+        What the nearest one's is not above.
+    """
+    there, square, near = _ALL >> np.uint64(max(0, TILE - m)), _FAR, m
+    for tile in range(len(lows)):
+        if lows[tile] > bound:
+            continue
+        low, bits = min(tile * TILE, max(0, m - TILE)), there & _up_to(far, (tile * _TOGETHER + t) * TILE, bound)
+        while bits:
+            one = low + lowest(bits)
+            bits &= bits - _ONE
+            distance = squared(x, one, m, latent)
+            if distance < square or (distance == square and one < near):
+                square, near = distance, one
+    return square, near
+
+
+@_compiled
 def _off(latent: Any, middle: Any) -> Any:
     """What queries are off the middle, times -2, and the squares of that before, summed."""
     n, d = latent.shape
@@ -225,19 +253,7 @@ def within(
         for t in range(group):
             query = latent[first + t]
             doubt = error * (largest + own[first + t]) if rough else np.float32(0)
-            # The nearest centroid is one of those that may be, the first of equals.
-            bound, square, near = lows[t].min() + doubt + doubt, _FAR, m
-            for tile in range(tiles):
-                if lows[t, tile] > bound:
-                    continue
-                low, bits = min(tile * TILE, max(0, m - TILE)), _up_to(far, (tile * _TOGETHER + t) * TILE, bound)
-                bits &= there
-                while bits:
-                    one = low + lowest(bits)
-                    bits &= bits - _ONE
-                    distance = squared(x, one, m, query)
-                    if distance < square or (distance == square and one < near):
-                        square, near = distance, one
+            square, near = _nearest(query, x, m, far, lows[t], t, lows[t].min() + doubt + doubt)
             if sizes[lists[near]] < least:
                 square, near = _holding(query, x, lists, sizes, least, square)
             radius = radii[near]

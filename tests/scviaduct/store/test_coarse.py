@@ -26,14 +26,17 @@ class Lab:
         centroids = rng.normal(size=(lists, d)).astype(np.float32)
         centroids[lists // 2 :] += np.float32(apart)
         centroids[5::5] = centroids[4:-1:5][: len(centroids[5::5])]
-        self.radii = rng.uniform(0.5, 1.5, lists).astype(np.float32)
-        self.sizes = rng.integers(0, 40, lists)
-        self.latent = np.ascontiguousarray(centroids[rng.integers(0, lists, queries)] + np.float32(0.3))
-        self.quantizer = Quantizer(centroids, self.radii, Trained(1, 1.0, 1.0))
+        radii = rng.uniform(0.5, 1.5, lists).astype(np.float32)
+        latent = np.ascontiguousarray(centroids[rng.integers(0, lists, queries)] + np.float32(0.3))
+        self.know(centroids, radii, rng.integers(0, 40, lists), latent)
+
+    def know(self, centroids, radii, sizes, latent):
+        self.radii, self.sizes, self.latent = radii, sizes, latent
+        self.quantizer = Quantizer(centroids, radii, Trained(1, 1.0, 1.0))
         self.coarse = Coarse.of(self.quantizer)
         # Squared distances as they are compared: those of all centroids, in their order.
-        found = self.coarse.compare(self.latent, lists)
-        self.square = np.empty((queries, lists), np.float32)
+        found = self.coarse.compare(latent, len(centroids))
+        self.square = np.empty((len(latent), len(centroids)), np.float32)
         np.put_along_axis(self.square, found.position, found.distance, axis=1)
 
     def nearest(self, row, least):
@@ -78,6 +81,23 @@ def test_lists_far_from_each_other(apart):
     found = lab.coarse.within(lab.latent, REACH, lab.sizes, 50)
     for order, upto, one in zip(found.order, found.upto, lab.expected(REACH, 50), strict=True):
         np.testing.assert_array_equal(order[:upto], one)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lists_at_the_bound(seed):
+    """Sixty centroids are the nearest, and 200 lie at the bound, but for what rounding makes of that."""
+    rng = np.random.default_rng(seed)
+    latent = (3 + rng.normal(size=(1, 30))).astype(np.float32)
+    away = rng.normal(size=(260, 30))
+    away *= np.repeat([1, np.sqrt(1 + REACH)], [60, 200])[:, None] / np.linalg.norm(away, axis=1, keepdims=True)
+    centroids = (latent + rng.permutation(away)).astype(np.float32)
+    lab = Lab(1)
+    lab.know(centroids, np.ones(260, np.float32), np.full(260, 50), latent)
+    (expected,) = lab.expected(REACH, 50)
+    found = lab.coarse.within(latent, REACH, lab.sizes, 50)
+    assert 65 < len(expected) < 250
+    assert found.square == lab.square.min()
+    np.testing.assert_array_equal(found.order[0], expected)
 
 
 def test_a_query_beyond_all_lists_looks_further():
