@@ -18,7 +18,7 @@ from numba import njit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SHARED = ("lanes.py", "sources/registers.py", "store/index/comparing.py")
+SHARED = ("lanes.py", "elementary.py", "sources/registers.py", "store/index/comparing.py")
 """Files whose functions are compiled into those of other files. numba goes by a function's own file when it looks for
 what it kept, and would take code of an older one of these."""
 _SHARED = blake2b(b"".join((Path(__file__).parent / name).read_bytes() for name in SHARED), digest_size=4).hexdigest()

@@ -62,7 +62,7 @@ class Encoded:
         float32, shape ``(n_cells, n_latent)``; the latent: the posterior's mean, transformed as the model does it.
     location, variance
         float32, same shape; mean and variance of the normal posterior. The location is the mean unless the latent is
-        logistic-normal, and is what a classifier reads.
+        logistic-normal (often in the same array), and is what a classifier reads.
     others
         Name of each further latent (:attr:`Encoder.latents`) to its mean, float32 of shape ``(n_cells, size)``.
     """

@@ -113,10 +113,10 @@ class SparseEncoder:
         return network.mean(hidden), network.positive(network.variance(hidden))
 
     def classify(self, location: torch.Tensor) -> torch.Tensor:
-        """Logits of the labels, shape ``(n_cells, n_labels)``, of locations, ``(n_cells, n_latent)``."""
+        """Probabilities of the labels, shape ``(n_cells, n_labels)``, of locations, ``(n_cells, n_latent)``."""
         for layer in self._network.classifier:
             location = layer(location)
-        return location
+        return torch.softmax(location, dim=-1)
 
 
 def step_of(networks: Iterable[Network], device: str) -> int:

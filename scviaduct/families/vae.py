@@ -248,27 +248,14 @@ class VaeEncoder:
             found: Encoded = self._there.encode(indptr, indices, data, covariates)
             return found
         n_cells = len(indptr) - 1
-        location = np.empty((n_cells, self.n_latent), np.float32)
-        variance, mean = np.empty_like(location), np.empty_like(location)
-        others = {
-            name: np.empty((n_cells, len(self._networks[name].mean.bias)), np.float32) for name in self.latents[1:]
+        told = self._read(covariates, slice(0, n_cells), n_cells)
+        posteriors = {name: encoder(indptr, indices, data, *told) for name, encoder in self._encoders.items()}
+        latents = {
+            name: (torch.softmax(mean, dim=-1) if self._networks[name].logistic_normal else mean).numpy()
+            for name, (mean, _) in posteriors.items()
         }
-        for start in range(0, n_cells, self._step):
-            stop = min(start + self._step, n_cells)
-            low, high = int(indptr[start]), int(indptr[stop])
-            rows = rows_of(stop - start, self._step, self._device)
-            parts = (padded(indptr[start : stop + 1] - low, rows + 1), indices[low:high], data[low:high])
-            pointers, genes, counts = (self._given(part) for part in parts)
-            codes, continuous = self._read(covariates, slice(start, stop), rows)
-            for name, encoder in self._encoders.items():
-                loc, var = (part[: stop - start] for part in encoder(pointers, genes, counts, codes, continuous))
-                out = torch.softmax(loc, dim=-1) if self._networks[name].logistic_normal else loc
-                if name in others:
-                    others[name][start:stop] = out.cpu().numpy()
-                else:
-                    location[start:stop], variance[start:stop] = loc.cpu().numpy(), var.cpu().numpy()
-                    mean[start:stop] = out.cpu().numpy()
-        return Encoded(mean, location, variance, others)
+        location, variance = (part.numpy() for part in posteriors[self.latents[0]])
+        return Encoded(latents.pop(self.latents[0]), location, variance, latents)
 
     def _tensor(self, values: Any) -> torch.Tensor:
         # Blocks come out of the object store read-only; torch warns of sharing such memory, so it is copied: 2 MB.
@@ -302,13 +289,16 @@ class VaeEncoder:
         """Probabilities of the labels, shape ``(n_cells, n_labels)``; None without a classifier."""
         if not self.labels:
             return None
+        if self._device == "cpu":
+            there: FloatArray = self._encoders[self.latents[0]].classify(location).numpy()
+            return there
         found = np.empty((len(location), len(self.labels)), np.float32)
         for start in range(0, len(location), self._step):
             part = location[start : start + self._step]
             rows = padded(part, rows_of(len(part), self._step, self._device))
             with exactly(self._device):
                 out = self._encoders[self.latents[0]].classify(self._given(rows))
-            found[start : start + len(part)] = torch.softmax(out, dim=-1)[: len(part)].cpu().numpy()
+            found[start : start + len(part)] = out[: len(part)].cpu().numpy()
         return found
 
     def gene_influence(self) -> FloatArray:

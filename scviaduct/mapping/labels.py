@@ -54,9 +54,7 @@ class Certainty:
         n_cells = len(probabilities)
         label: IntArray = np.empty(n_cells, np.int32)
         figures: list[FloatArray] = [np.empty(n_cells, np.float32) for _ in range(3)]
-        # Nothing is lost below the least normal number, and a probability of zero adds zero.
-        logs = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-        rank(probabilities, logs, label, *figures)
+        rank(probabilities, label, *figures)
         return cls(label, *figures)
 
 

@@ -130,7 +130,8 @@ class Mapper:
                 " latent that is not finite.",
                 "Look for extremely large counts or covariates in it, and run scviaduct reference verify.",
             )
-        mean[~mapped] = np.nan
+        if not mapped.all():
+            mean = np.where(mapped[:, None], mean, np.float32(np.nan))  # a copy: it may be the location itself
         found = self._label(mean, location, mapped)
         return replace(found, adapter=of, adapters=adapters) if adapters else found
 

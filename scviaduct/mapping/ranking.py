@@ -8,18 +8,19 @@ import numpy as np
 from numba import types
 
 from scviaduct.compiling import compiled
+from scviaduct.elementary import log_of
 
 if TYPE_CHECKING:
     from scviaduct.values import FloatArray, IntArray
 
 _table = types.Array(types.float32, 2, "C", readonly=True)
+_LEAST = np.finfo(np.float32).tiny
 _figure = types.Array(types.float32, 1, "C")
 
 
-@compiled(types.void(_table, _table, types.Array(types.int32, 1, "C"), _figure, _figure, _figure))
+@compiled(types.void(_table, types.Array(types.int32, 1, "C"), _figure, _figure, _figure))
 def rank(
     probabilities: FloatArray,
-    logs: FloatArray,
     label: IntArray,
     probability: FloatArray,
     margin: FloatArray,
@@ -29,16 +30,21 @@ def rank(
 
     Parameters
     ----------
-    probabilities, logs
-        float32, shape ``(n_cells, n_labels)``; logarithms of what is not zero.
+    probabilities
+        float32, shape ``(n_cells, n_labels)``.
     label, probability, margin, entropy
         int32 and float32, shape ``(n_cells,)``: what is filled in.
     """
+    flat, size = probabilities.reshape(-1), probabilities.shape[1]
+    parts = np.empty(len(flat), np.float32)  # of the entropy, of all cells at once: vectors do that
+    for i in range(len(flat)):
+        # Nothing is lost below the least normal number, and a probability of zero adds zero.
+        parts[i] = flat[i] * log_of(max(flat[i], _LEAST))
     for cell in range(len(probabilities)):
         best, first, second, total = 0, np.float32(-1), np.float32(0), np.float32(0)
-        for column in range(probabilities.shape[1]):
-            value = probabilities[cell, column]
-            total += value * logs[cell, column]
+        for column in range(size):
+            value = flat[cell * size + column]
+            total += parts[cell * size + column]
             if value > first:
                 best, first, second = column, value, max(first, np.float32(0))
             elif value > second:

@@ -18,10 +18,10 @@ from scipy import sparse
 import scviaduct
 from scviaduct import compiling
 from scviaduct.errors import DataError
+from scviaduct.families import activations, kernels
 from scviaduct.families import compiled as module
-from scviaduct.families import kernels
 from scviaduct.families.base import KERNELS, Covariates
-from scviaduct.families.compiled import CompiledEncoder, aligned
+from scviaduct.families.compiled import CompiledEncoder, Packed, aligned
 from scviaduct.families.network import ACTIVATIONS, VARIANCES, Layer, Network
 from scviaduct.families.sparse import SparseEncoder
 from scviaduct.families.vae import VaeEncoder
@@ -159,6 +159,83 @@ def test_logarithms(counts):
         assert alone[0] == found[at]
 
 
+def test_logarithms_that_are_looked_up_are_those_that_are_computed():
+    """A cell's bits do not depend on whether a count beside it is not in the table."""
+    made = network(deep=False)
+    matrix, codes, _ = cells()
+    matrix.data = np.floor(matrix.data)
+    alone = encode(CompiledEncoder(made), matrix, codes)
+    for beside in (0.5, len(kernels.LOGARITHMS), 3e38):
+        matrix.data[matrix.indptr[50]] = beside
+        others = np.arange(N) != 50
+        for found, expected in zip(encode(CompiledEncoder(made), matrix, codes), alone, strict=True):
+            assert (found[others] == expected[others]).all()
+            assert (found[50] != expected[50]).any()
+    assert kernels.LOGARITHMS[-1] == np.float32(np.log(len(kernels.LOGARITHMS)))
+
+
+@pytest.mark.parametrize("n_out", [1, 20, 32, 33, 64, 70])
+@pytest.mark.parametrize("n_in", [3, 48, 130])
+def test_products_of_every_width(n_in, n_out):
+    """Narrow layers are summed in other tiles, and the last one is filled up."""
+    rng = np.random.default_rng(2)
+    weight, bias = (torch.from_numpy(rng.normal(size=size).astype(np.float32)) for size in ((n_out, n_in), (n_out,)))
+    values = rng.normal(size=(40, n_in)).astype(np.float32)
+    packed = Packed.of(weight, bias)
+    assert packed.weights.shape[2] == (32 if n_out <= 32 else 64)
+    found = packed.multiply(values, packed.sums(len(values)))
+    assert len(found) == 48
+    exact = values.astype(np.float64) @ weight.numpy().astype(np.float64).T + bias.numpy()
+    assert np.abs(found[:40, :n_out] - exact).max() <= 2e-7 * n_in**0.5 * np.abs(exact).max()
+    added = found.copy()
+    kernels.multiply(added, module._filled(values, 48, packed.weights), packed.weights, np.empty(0, np.float32))
+    np.testing.assert_allclose(added[:40, :n_out], 2 * exact - bias.numpy(), atol=1e-5 * np.abs(exact).max())
+
+
+def test_activations_are_pytorchs():
+    values = np.concatenate([np.linspace(-100, 100, 20_001), np.geomspace(1e-6, 90, 999), [np.inf, -np.inf, np.nan]])
+    values = np.resize(values.astype(np.float32), (21, 1024))
+    assert {*activations.CODES} == {"", *ACTIVATIONS}
+    assert {*activations.VARIANCES} == {*VARIANCES}
+    for name, function in ACTIVATIONS.items():
+        found = values.copy()
+        activations.activate(found, activations.CODES[name])
+        expected = function(torch.from_numpy(values).double()).numpy()
+        np.testing.assert_allclose(found, expected, rtol=3e-7, atol=2e-7, err_msg=name)
+    for name, function in VARIANCES.items():
+        mean, variance = np.empty((21, 500), np.float32), np.empty((21, 500), np.float32)
+        with np.errstate(over="ignore"):
+            activations.posterior(values, mean, variance, activations.VARIANCES[name], 1e-4)
+            expected = (function(torch.from_numpy(values[:, 500:1000]).double()) + 1e-4).numpy().astype(np.float32)
+        assert np.array_equal(mean, values[:, :500], equal_nan=True)
+        np.testing.assert_allclose(variance, expected, rtol=3e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 130])
+def test_layer_norm_is_pytorchs(n):
+    rng = np.random.default_rng(3)
+    values = (rng.normal(size=(50, 192)) * 4 + 30).astype(np.float32)
+    weight, bias = (rng.normal(size=n).astype(np.float32) for _ in range(2))
+    found = values.copy()
+    activations.normalise(found, weight, bias, 1e-5)
+    parts = (torch.from_numpy(part).double() for part in (values[:, :n], weight, bias))
+    first, *told = parts
+    exact = torch.nn.functional.layer_norm(first, (n,), *told, 1e-5).numpy()
+    assert np.abs(found[:, :n] - exact).max() <= 1e-5
+    assert np.array_equal(found[:, n:], values[:, n:])
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 50])
+def test_probabilities_are_pytorchs(n):
+    rng = np.random.default_rng(4)
+    logits = (rng.normal(size=(30, 64)) * 20).astype(np.float32)
+    logits[3, 0], logits[4, n - 1] = 200, np.nan
+    found = np.empty((30, n), np.float32)
+    activations.softmax(logits, found)
+    exact = torch.softmax(torch.from_numpy(logits[:, :n]).double(), dim=-1).numpy()
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-37)  # a difference of 100 is rounded by 6e-6
+
+
 def test_genes_that_are_not_in_order():
     """A cell's counts are summed as they lie: other bits, the same latent."""
     made = network(genes=4100)
@@ -240,8 +317,7 @@ def test_a_processor_without_avx512_gives_the_same_bits(tmp_path, request):
     there, unkept = elsewhere(tmp_path, request.path.parent, **told)
     assert not unkept
     assert (there[0] == here[0]).all()
-    # The exponential is PyTorch's, whose bits are the processor's.
-    np.testing.assert_allclose(there[1], here[1], rtol=1e-6)
+    assert (there[1] == here[1]).all()
 
 
 def test_what_is_compiled_into_other_files_is_part_of_what_is_kept():
