@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     from scviaduct.sources import Source
     from scviaduct.values import CellBlock, FloatArray, Scan, Settings, Shard
 
-SAMPLE_CELLS = 2048
-"""Cells read for the sample, at most; spread over the files and along each."""
+SAMPLE_CELLS = 1024
+"""Cells read for the sample, at most; spread over the files and along each. It is there to say no before the work:
+mapping looks at every count."""
 SAMPLE_FILES = 64
 """Files that the sample reads from, at most."""
-SAMPLE_PLACES = 4, 8
+SAMPLE_PLACES = 2, 8
 """Fewest and most places along the source that the sample reads from, unless there are more files. Each costs 20 ms of
 a Census, where all genes of some more cells are decoded, and 30 us a cell."""
-_CELLS_A_PLACE = 49_152
-"""The sample takes a fortieth of the time of reading a query of SOMA then, unless that is small."""
+_CELLS_A_PLACE = 98_304
+"""The sample takes a hundredth of the time of reading a query of SOMA then, unless that is small."""
 
 Verdict = Literal["fit", "not fit", "cannot tell"]
 _EXIT: dict[Verdict, int] = {"fit": 0, "not fit": 1, "cannot tell": 3}

@@ -42,9 +42,19 @@ print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - bef
 """
 
 
+ARROW = """
+import json
+import scviaduct
+import pyarrow as pa
+
+print(json.dumps(pa.default_memory_pool().backend_name))
+"""
+
+
 def run(program=PROGRAM, **variables):
     # numpy asks for huge pages, of which there may be some at one time and none at another.
-    told = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"} | variables
+    own = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"}
+    told = own | {"NUMPY_MADVISE_HUGEPAGE": "0"} | variables
     found = subprocess.run([sys.executable, "-c", program], env=told, capture_output=True, text=True, check=True)
     return json.loads(found.stdout)
 
@@ -61,6 +71,12 @@ def test_a_thread_that_had_an_arena_before_keeps_its_memory_too():
     kept, faults = run(THREAD)
     assert kept
     assert faults < 100  # 6,400 where heaps that are empty go back
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
+def test_arrow_takes_that_memory_unless_it_is_told_otherwise():
+    assert run(ARROW) == "system"
+    assert run(ARROW, ARROW_DEFAULT_MEMORY_POOL="mimalloc") == "mimalloc"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
