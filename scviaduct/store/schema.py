@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from collections.abc import Mapping as MappingType
 
-    from scviaduct.values import CellBlock, Mapping, Settings, Unit
+    from scviaduct.values import CellBlock, FloatArray, IntArray, Mapping, Settings, Unit
 
 KEY = [("source", pa.string()), ("dataset_id", pa.string()), ("observation_id", pa.string())]
 ORIGIN = [("unit", pa.string()), ("unit_row", pa.int32()), ("run", pa.string())]
@@ -95,7 +95,7 @@ def _coded(codes: pa.Array, words: Sequence[str]) -> pa.Array:
 
 
 def _constant(value: str, n: int) -> pa.Array:
-    return _coded(pa.array(np.zeros(n, np.int32)), [value])
+    return _coded(pa.array(np.zeros(n, np.int8)), [value])
 
 
 def unit_rows(
@@ -153,8 +153,15 @@ def _adapters(mapping: Mapping) -> pa.Array:
 
 def _lists(mapping: Mapping) -> pa.Array:
     """Latents as lists; null where a cell was not mapped."""
-    dimensions = mapping.latent.shape[1]
+    n_cells, dimensions = mapping.latent.shape
+    if mapping.mapped.all():
+        offsets: IntArray = np.arange(n_cells + 1, dtype=np.int32) * np.int32(dimensions)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(_flat(mapping.latent)))
     lengths = np.where(mapping.mapped, dimensions, 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    values = pa.array(np.ascontiguousarray(mapping.latent[mapping.mapped], np.float32).reshape(-1))
+    values = pa.array(_flat(mapping.latent[mapping.mapped]))
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(~mapping.mapped))
+
+
+def _flat(latent: FloatArray) -> FloatArray:
+    return np.ascontiguousarray(latent, np.float32).reshape(-1)
