@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import lru_cache
 from hashlib import blake2b
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 _AGAIN = "Add the reference again from where it came."
 _NAME_BYTES = 200
+_KEPT = 8
+"""Manifests that a process keeps once it has checked them: of 20,000 genes 2 MB each."""
 _TEXTS = ("scvi_version", "batch_key", "sample_key", "labels_key", "unlabeled_category", "size_factor_key", "layer")
 _LISTS = ("batch_categories", "sample_categories", "labels", "known_labels", "continuous_covariates")
 _FLAGS = ("encode_covariates", "batch_encoded")
@@ -63,7 +66,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise PackageError(f"'{folder}' is not a reference package: it has no {MANIFEST}.", "scviaduct reference add.")
     try:
-        manifest: dict[str, Any] = dict(json.loads(path.read_text()))
+        content = path.read_bytes()
+    except OSError as error:
+        raise PackageError(f"{path} cannot be read ({error}).", _AGAIN) from error
+    return _checked(content, path)
+
+
+@lru_cache(maxsize=_KEPT)
+def _checked(content: bytes, path: Path) -> dict[str, Any]:
+    """What a manifest's file says, which callers do not change; a run reads each package's five times."""
+    try:
+        manifest: dict[str, Any] = dict(json.loads(content))
         version = manifest["format"]
         if version != FORMAT:
             raise PackageError(f"{path} has format {version}, this version reads {FORMAT}.", "Add the reference again.")
@@ -71,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         name, _ = manifest["name"], (manifest["notes"], manifest["provenance"], manifest["repairs"])
         outside = next((file for file in manifest["files"] if file in ("", "..") or Path(file).name != file), None)
     # json descends by recursion, so that brackets in brackets end in a RecursionError.
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackageError(f"{path} cannot be read ({error}).", _AGAIN) from error
     if not is_name(name):
         raise PackageError(
@@ -164,7 +177,7 @@ def facts_of(told: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of :class:`~scviaduct.families.Facts` from what :func:`facts_to_json` gave."""
     facts = dict(told)
     columns = {key: tuple(values) for key, values in facts.pop("genes").items()}
-    modality = tuple(name for name, size in facts.pop("modalities") for _ in range(size))
+    modality = tuple(chain.from_iterable(repeat(name, size) for name, size in facts.pop("modalities")))
     categorical = {key: tuple(values) for key, values in facts.pop("categorical_covariates").items()}
     facts |= {key: tuple(facts[key]) for key in _LISTS}
     return facts | {"genes": GeneTable(columns, modality), "categorical_covariates": categorical}
