@@ -51,7 +51,7 @@ def compiled(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]],
         except RuntimeError as error:
             if "cannot cache" not in str(error):
                 raise
-            # A package on a read-only disk, and a user without a home: every process compiles for itself, 1 to 4 s.
+            # A package on a read-only disk, and a user without a home: every process compiles for itself, 1 to 9 s.
             unkept.append(str(error))
             return decorate(*types, nogil=True, **options)(function)
 
