@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import scviaduct  # noqa: F401 - before anything imports Arrow: it says where Arrow's memory lies
+
 _CALLS = {
     "check": "pipelines.preflight",
     "choose": "pipelines.choosing",

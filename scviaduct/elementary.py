@@ -1,7 +1,7 @@
 """Exponential and logarithm of a float32, for loops that numba compiles: a number's bits wherever it stands.
 
-Those of PyTorch and of a vector library compute what does not fill a register with other code, whose last bits differ.
-These are a few multiply-adds each, rounded once, which a compiler does for sixteen numbers as for one.
+Those of a library have bits of the processor's, and often others for what does not fill a register. These are a few
+multiply-adds each, rounded once, which a compiler does for sixteen numbers as for one.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from scviaduct.compiling import unkept
-from scviaduct.errors import DataError
+from scviaduct.errors import DataError, PackageError
 from scviaduct.families import activations, kernels
 from scviaduct.families.base import KERNELS
 from scviaduct.families.rowwise import padded
@@ -60,7 +60,15 @@ class Packed:
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor, width: int = 0) -> Self:
-        """Pack a weight of shape ``(n_out, n_in)`` in blocks of some width, or of what its outputs fill."""
+        """Pack a layer.
+
+        Parameters
+        ----------
+        weight, bias
+            float32, shapes ``(n_out, n_in)`` and ``(n_out,)``.
+        width
+            Outputs of a block; 0 for what the kernels sum so many outputs with.
+        """
         width = width or (kernels.NARROW if len(weight) <= kernels.NARROW else kernels.WIDTH)
         return cls(_packed(weight, width), _packed(bias[:, None], width).reshape(-1))
 
@@ -69,7 +77,20 @@ class Packed:
         return aligned(-(-n_cells // kernels.ROWS) * kernels.ROWS, len(self.bias))
 
     def multiply(self, values: FloatArray, sums: FloatArray) -> FloatArray:
-        """Fill in the sums of a linear layer of values, of shape ``(>= n_cells, >= n_in)``."""
+        """Fill in the sums of a linear layer.
+
+        Parameters
+        ----------
+        values
+            float32, shape ``(n_cells, >= n_in)``.
+        sums
+            What :meth:`sums` made for as many cells.
+
+        Returns
+        -------
+        ndarray
+            The sums.
+        """
         kernels.multiply(sums, _filled(values, len(sums), self.weights), self.weights, self.bias)
         return sums
 
@@ -81,9 +102,15 @@ class CompiledEncoder:
     ----------
     network
         On the CPU.
+
+    Raises
+    ------
+    PackageError
+        If the sizes of its layers do not fit each other.
     """
 
     def __init__(self, network: Network) -> None:
+        _require_sizes(network)
         self._network = network
         told = f", compiled anew in every process: {unkept[0]}" if unkept else ""
         self.arithmetic = f"{KERNELS}{told}"
@@ -98,6 +125,7 @@ class CompiledEncoder:
 
     def reading(self, network: Network) -> Self:
         """An encoder of a network with further categories; all weights are shared."""
+        _require_sizes(network)
         other = copy.copy(self)
         vars(other).update(_network=network)
         return other
@@ -130,10 +158,14 @@ class CompiledEncoder:
         Raises
         ------
         DataError
-            If a gene or a category is none of the network's.
+            If pointers are none, a gene or a category is none of the network's, or there are not as many codes or
+            numbers as cells.
         """
         network, n_cells = self._network, len(indptr) - 1
         indptr, indices, data = _checked(indptr, indices, data)
+        for told in (*codes, *(() if continuous is None else (continuous,))):
+            if len(told) != n_cells:
+                raise DataError(f"There are {n_cells:,} cells, and a covariate of {len(told):,}.", "Give one each.")
         mean, variance = (np.empty((n_cells, len(network.mean.bias)), np.float32) for _ in range(2))
         steps = [self._genes, *self._rest, self._posterior]
         room = [step.sums(min(n_cells, _TOGETHER)) for step in steps]
@@ -155,7 +187,12 @@ class CompiledEncoder:
 
     def classify(self, location: FloatArray) -> torch.Tensor:
         """Probabilities of the labels, shape ``(n_cells, n_labels)``, of locations, ``(n_cells, n_latent)``."""
-        n_cells = len(location)
+        n_cells, n_latent = location.shape
+        if n_latent != len(self._network.mean.bias):
+            raise DataError(
+                f"A location has {n_latent} dimensions, and the latent {len(self._network.mean.bias)}.",
+                "Classify what this encoder gave.",
+            )
         found = np.empty((n_cells, len(self._network.labels)), np.float32)
         room = [step.sums(min(n_cells, _TOGETHER)) for step in self._classifier]
         for start in range(0, n_cells, _TOGETHER):
@@ -173,11 +210,36 @@ class CompiledEncoder:
         logs = kernels.LOGARITHMS if network.log_variational else _NONE
         if kernels.gather(hidden, weights, self._genes.bias, indptr, indices, data, logs, together):
             return
-        wrong = indices[(indices < 0) | (indices >= network.n_genes)]
+        wrong = indices[(indices < 0) | (indices >= weights.shape[1])]
         raise DataError(
             f"There is a count of gene {wrong[0]:,}, and the encoder reads {network.n_genes:,}.",
             "Align the counts to the reference's genes.",
         )
+
+
+def _require_sizes(network: Network) -> None:
+    """Refuse layers that do not fit each other: the kernels would read whatever lies behind an array's end."""
+    first, ends = network.layers[0], (network.mean, network.variance)
+    right = first.weight.shape[1] >= network.n_genes and network.mean.bias.shape == network.variance.bias.shape
+    n_in = first.weight.shape[1]
+    for layer in network.layers:
+        right &= _fits(layer, n_in)
+        n_in = len(layer.bias)
+    right &= all(_fits(end, n_in) for end in ends)
+    n_in = len(network.mean.bias)
+    for layer in network.classifier:
+        right &= _fits(layer, n_in)
+        n_in = len(layer.bias)
+    if not right or (network.labels and n_in != len(network.labels)):
+        raise PackageError("The layers of an encoder do not fit each other.", "Add the reference again.")
+
+
+def _fits(layer: Layer, n_in: int) -> bool:
+    """Whether a layer reads so many values, and all that it adds or scales with is as wide as what it gives."""
+    n_out, read = layer.weight.shape
+    tables = [table.shape[1] for table in layer.tables if table is not None]
+    widths = {len(layer.bias), *tables, *(len(part) for part in layer.norm or ())}
+    return bool(read == n_in and widths == {n_out})
 
 
 def _packed(weight: torch.Tensor, width: int) -> FloatArray:
@@ -194,7 +256,7 @@ def _finish(sums: FloatArray, layer: Layer, codes: Sequence[LongArray] = ()) -> 
     """Add the columns of each cell's categories, normalise and activate, all in place."""
     for table, code in zip(layer.tables, codes, strict=False):
         if table is not None:
-            if len(code) > len(sums) or (len(code) and not 0 <= int(code.min()) <= int(code.max()) < len(table)):
+            if len(code) and not 0 <= int(code.min()) <= int(code.max()) < len(table):
                 raise DataError(
                     f"A cell's category is {int(code.min())} or {int(code.max())}, and a layer has {len(table)}.",
                     "Fit an adapter for it, or name the column that the reference was trained with.",

@@ -9,7 +9,8 @@ The two loops that take the time are written down in LLVM's terms, because the c
 memory and uses half the width of AVX-512. Sums and weights must begin at a multiple of :data:`ALIGNMENT` bytes: a
 register of AVX-512 loaded from elsewhere takes two cache lines, and gathering twice as long.
 
-Kernels take read-only arrays, as blocks come out of Ray's object store. Sizes are not checked here: callers do.
+Kernels take read-only arrays, as blocks come out of Ray's object store. Sizes are not checked here: callers do
+(:mod:`scviaduct.families.compiled`).
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ _TILE_GENES = 2048
 """Genes gathered at a time: with 64 outputs 512 KB of weights, which stay in a core's second cache. Of 8,000 genes and
 512 outputs, gathering takes 16 us a cell so, and 25 with all genes at a time."""
 _CHAIN = 48
-"""Products summed from zero before they are added to a cell's sums. 16, 32 and 64 leave as little rounding in a latent;
-a SCANVI's probabilities came nearest to scvi-tools' with this."""
+"""Products summed before they are added to a cell's sums; in a product, the first of them to the bias. 16, 32 and 64
+leave as little rounding in a latent; a SCANVI's probabilities came nearest to scvi-tools' with this."""
 _LINES = WIDTH // LANES
 _ZERO = np.float32(0)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ROWS = 32
-"""A mini-batch on a CPU has a multiple of so many rows: two vector registers of AVX-512 hold as many float32."""
+"""A mini-batch of PyTorch's on a CPU has a multiple of so many rows: two registers of AVX-512 hold as many float32."""
 _STRIP = 1 << 14
 """Elements of a strip; PyTorch shares out 32,768 or more among its threads."""
 _CACHE_BYTES = 1 << 19

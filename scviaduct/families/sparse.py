@@ -21,7 +21,7 @@ from torch import nn
 from scviaduct.families.rowwise import linear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from scviaduct.families.compiled import CompiledEncoder
     from scviaduct.families.network import Network
@@ -30,8 +30,7 @@ _BLOCK_COLUMNS = 64
 """Hidden units gathered at a time when the weights outgrow a core's L2 cache: 8,000 genes x 64 float32 are 2 MB."""
 _CACHE_BYTES = 2 << 20
 CELLS = 1024
-"""Cells encoded at a time on a CPU; keeps the activations of 512 hidden units at 2 MB."""
-_STEP_BYTES = 2 << 20
+"""Cells that PyTorch encodes at a time on a CPU; keeps the activations of 512 hidden units at 2 MB."""
 GPU_CELLS = 32_768
 """The same on a GPU, where each step costs some twenty launches: activations of 512 hidden units are 67 MB."""
 
@@ -119,19 +118,8 @@ class SparseEncoder:
         return torch.softmax(location, dim=-1)
 
 
-def step_of(networks: Iterable[Network], device: str) -> int:
-    """Cells encoded at a time: fewer of wide layers, whose activations would leave the cache.
-
-    A step takes 0.1 ms of Python on a CPU, as much as encoding a hundred cells.
-    """
-    if device != "cpu":
-        return GPU_CELLS
-    widest = max(len(layer.bias) for network in networks for layer in network.layers)
-    return min(max(_STEP_BYTES // (4 * widest), CELLS), 4 * CELLS)
-
-
 def step_encoder(network: Network, device: str) -> SparseEncoder | CompiledEncoder:
-    """What encodes a mini-batch: compiled kernels on a CPU, which take arrays, and PyTorch elsewhere, with tensors."""
+    """What encodes: compiled kernels on a CPU, which take arrays and any number of cells, or PyTorch, with tensors."""
     if device != "cpu":
         return SparseEncoder(network, gathers=False)  # most only classify there: DeviceEncoder gathers
     from scviaduct.families.compiled import CompiledEncoder  # numba takes 0.4 s, and a GPU needs none

@@ -21,7 +21,7 @@ from scviaduct.families.registered import OTHERS_WEIGHTS, common_facts, registry
 from scviaduct.families.rowwise import padded, rows_of
 from scviaduct.families.slots import BATCH
 from scviaduct.families.slots import covariate as covariate_of
-from scviaduct.families.sparse import step_encoder, step_of
+from scviaduct.families.sparse import CELLS, GPU_CELLS, step_encoder
 from scviaduct.values import GeneTable
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class VaeEncoder:
         self._networks = {name: network.to(device) for name, network in networks.items()}
         self._device = device
         self._encoders = {name: step_encoder(network, device) for name, network in self._networks.items()}
-        self._step = step_of(networks.values(), device)
+        self._step = 4 * CELLS if device == "cpu" else GPU_CELLS
         self.latents = tuple(networks)
         self._network = self._networks[self.latents[0]]
         self.labels = self._network.labels
@@ -235,21 +235,33 @@ class VaeEncoder:
 
     @torch.inference_mode()
     def encode(self, indptr: LongArray, indices: IntArray, data: FloatArray, covariates: Covariates) -> Encoded:
-        """Encode counts given as CSR in the reference's features, some cells at a time.
+        """Encode counts given as CSR in the reference's features.
 
         Parameters
         ----------
         indptr, indices, data
-            int64 of shape ``(n_cells + 1,)``, int32 and float32 of shape ``(nnz,)``.
+            int64 of shape ``(n_cells + 1,)``, int32 and float32 of shape ``(nnz,)``. Pointers may be those of a part of
+            the rows.
         covariates
             What the encoder reads of the cells.
+
+        Returns
+        -------
+        Encoded
+            Of every cell, in their order.
+
+        Raises
+        ------
+        DataError
+            If pointers, a gene or a category are none.
         """
         if self._there:
             found: Encoded = self._there.encode(indptr, indices, data, covariates)
             return found
-        n_cells = len(indptr) - 1
+        n_cells, low, high = len(indptr) - 1, int(indptr[0]), int(indptr[-1])
+        rows = indptr - low, indices[low:high], data[low:high]
         told = self._read(covariates, slice(0, n_cells), n_cells)
-        posteriors = {name: encoder(indptr, indices, data, *told) for name, encoder in self._encoders.items()}
+        posteriors = {name: encoder(*rows, *told) for name, encoder in self._encoders.items()}
         latents = {
             name: (torch.softmax(mean, dim=-1) if self._networks[name].logistic_normal else mean).numpy()
             for name, (mean, _) in posteriors.items()
@@ -262,7 +274,7 @@ class VaeEncoder:
         return torch.tensor(values, device=self._device)
 
     def _given(self, values: Any) -> Any:
-        """What the encoder of a mini-batch takes: a tensor on a GPU, and on a CPU the array as it is."""
+        """What an encoder takes: a tensor on a GPU, and on a CPU the array as it is."""
         return values if self._device == "cpu" else self._tensor(values)
 
     def _read(self, covariates: Covariates, cells: slice, rows: int) -> tuple[list[Any], Any]:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from scviaduct.values import FloatArray, IntArray
 
 _table = types.Array(types.float32, 2, "C", readonly=True)
-_LEAST = np.finfo(np.float32).tiny
 _figure = types.Array(types.float32, 1, "C")
+_LEAST = np.finfo(np.float32).tiny
 
 
 @compiled(types.void(_table, types.Array(types.int32, 1, "C"), _figure, _figure, _figure))

@@ -17,7 +17,7 @@ from scipy import sparse
 
 import scviaduct
 from scviaduct import compiling
-from scviaduct.errors import DataError
+from scviaduct.errors import DataError, PackageError
 from scviaduct.families import activations, kernels
 from scviaduct.families import compiled as module
 from scviaduct.families.base import KERNELS, Covariates
@@ -122,8 +122,10 @@ def _double(one):
 
 
 @pytest.mark.parametrize("activation", ["ReLU()", "GELU(approximate='none')", "ELU(alpha=1.0)"])
-def test_every_number_of_rows(activation):
-    """From no cell to more than several tiles, first, last and in the middle; labels, too."""
+def test_every_number_of_rows(activation, monkeypatch):
+    """From no cell to more than several tiles and passes, first, last and in the middle; labels, too."""
+    monkeypatch.setattr(module, "_TOGETHER", 36)
+    monkeypatch.setattr(module, "_CELLS", 10)
     encoder = VaeEncoder({"latent": network(activation=activation)})
     matrix, codes, _ = cells()
     told = np.stack(codes, axis=1)
@@ -140,6 +142,9 @@ def test_every_number_of_rows(activation):
             for found, expected in zip(run(rows), whole, strict=True):
                 assert np.array_equal(found, expected[rows]), n
     assert encoder.arithmetic == KERNELS
+    pointers, own = matrix.indptr[40:71].astype(np.int64), told[40:70]  # of a part of the rows
+    part = encoder.encode(pointers, matrix.indices, matrix.data, Covariates(own[:, 0], own[:, 1:]))
+    assert np.array_equal(part.mean, whole[0][40:70])
 
 
 @pytest.mark.parametrize(
@@ -261,8 +266,39 @@ def test_what_lies_outside_is_refused():
             encoder(wrong, matrix.indices, matrix.data, codes)
     with pytest.raises(DataError, match=r"category is 0 or 5, and a layer has 5"):
         encoder(pointers, matrix.indices, matrix.data, [codes[0] + (codes[0] == 4), codes[1]])
+    with pytest.raises(DataError, match=r"96 cells, and a covariate of 95.*Give one each"):
+        encoder(pointers, matrix.indices, matrix.data, [codes[0], codes[1][:-1]])
+    with pytest.raises(DataError, match=r"8 dimensions, and the latent 7"):
+        encoder.classify(np.ones((3, 8), np.float32))
     with pytest.raises(DataError, match=r"1 values of each cell, and a layer reads 2.*every continuous covariate"):
         CompiledEncoder(network(numbers=2))(pointers, matrix.indices, matrix.data, codes, np.ones((N, 1), np.float32))
+
+
+def short(one, **parts):
+    """A layer with some of its parts cut off by one."""
+    return replace(one, **{name: getattr(one, name)[..., :-1] for name in parts.pop("cut")}, **parts)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda made: replace(made, n_genes=301),
+        lambda made: replace(made, mean=short(made.mean, cut=["bias"])),
+        lambda made: replace(made, variance=layer(70, 6)),
+        lambda made: replace(made, layers=(made.layers[0], short(made.layers[1], cut=["weight"]))),
+        lambda made: replace(made, layers=(replace(made.layers[0], norm=(torch.ones(65),) * 2), made.layers[1])),
+        lambda made: replace(made, layers=(replace(made.layers[0], tables=(torch.ones(5, 34),)), made.layers[1])),
+        lambda made: replace(made, classifier=(layer(8, 50), layer(50, 9))),
+        lambda made: replace(made, labels=tuple("abcdefghij")),
+    ],
+)
+def test_layers_that_do_not_fit_each_other_are_refused(wrong):
+    """As a damaged package may have them, or a stranger's: the kernels would read behind an array's end."""
+    made = network()
+    with pytest.raises(PackageError, match="layers of an encoder do not fit each other"):
+        CompiledEncoder(wrong(made))
+    with pytest.raises(PackageError, match="layers of an encoder do not fit each other"):
+        CompiledEncoder(made).reading(wrong(made))
 
 
 def test_sums_begin_at_a_cache_line():
@@ -297,8 +333,19 @@ matrix, codes, _ = t.cells(4100)
 found = t.encode(t.CompiledEncoder(t.network(genes=4100)), matrix, codes)
 assert torch.get_num_threads() == before
 assert "scvi" not in sys.modules
-np.savez({out!r}, *found, unkept=np.array(unkept))
+np.savez({out!r}, *found, *t.others(), unkept=np.array(unkept))
 """
+
+
+def others():
+    """What further kernels give: norms, activations, softplus, narrow layers, labels."""
+    found = []
+    for name in ("ELU(alpha=1.0)", "SiLU()", "Tanh()", "Softplus(beta=1.0, threshold=20.0)"):
+        encoder = CompiledEncoder(network(norm=True, activation=name, variance_activation="softplus", hidden=(70, 20)))
+        matrix, codes, _ = cells()
+        mean, variance = encode(encoder, matrix, codes)
+        found += [mean, variance, encoder.classify(mean).numpy()]
+    return found
 
 
 def elsewhere(tmp_path, tests, **env):
@@ -306,7 +353,7 @@ def elsewhere(tmp_path, tests, **env):
     code = SCRIPT.format(tests=str(tests), out=str(out))
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env)
     with np.load(out) as found:
-        return [found["arr_0"], found["arr_1"]], found["unkept"].tolist()
+        return [found[f"arr_{i}"] for i in range(len(found.files) - 1)], found["unkept"].tolist()
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="names a processor of x86-64")
@@ -316,8 +363,8 @@ def test_a_processor_without_avx512_gives_the_same_bits(tmp_path, request):
     told = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     there, unkept = elsewhere(tmp_path, request.path.parent, **told)
     assert not unkept
-    assert (there[0] == here[0]).all()
-    assert (there[1] == here[1]).all()
+    for found, expected in zip(there, [*here, *others()], strict=True):
+        assert (found == expected).all()
 
 
 def test_what_is_compiled_into_other_files_is_part_of_what_is_kept():
