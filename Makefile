@@ -22,7 +22,7 @@ demo: setup
 
 # Files of tests are shared out among a few processes, each with a Ray of its own: on two cores that takes half the time.
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
