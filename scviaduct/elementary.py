@@ -32,6 +32,15 @@ _EXPONENTIAL: tuple[np.float32, ...] = tuple(
 
 
 @compiled()
+def _logarithm(power: np.int32, rest: np.float32) -> Any:
+    """Of ``2**power * (1 + rest)``."""
+    total = _LOGARITHM[0]
+    for factor in _LOGARITHM[1:]:
+        total = fma(total, rest, factor)
+    return fma(np.float32(power), _LOG_2, fma(rest * rest, total, rest))
+
+
+@compiled()
 def log1p_of(value: np.float32) -> Any:
     """``log(1 + value)`` of a number that is not negative, to 6.5e-8 of itself (1.7e-7 between whole numbers).
 
@@ -42,11 +51,7 @@ def log1p_of(value: np.float32) -> Any:
     power = (bits - _TWO_THIRDS) >> _EXPONENT  # of the multiple of two that is within a third of it
     scale = number_of(np.int32(max(_BIAS - power, np.int32(0)) << _EXPONENT))
     lost = value - (whole - _ONE)  # by rounding 1 + value
-    rest = fma(lost, scale, number_of(np.int32(bits - (power << _EXPONENT))) - _ONE)
-    total = _LOGARITHM[0]
-    for factor in _LOGARITHM[1:]:
-        total = fma(total, rest, factor)
-    return fma(np.float32(power), _LOG_2, fma(rest * rest, total, rest))
+    return _logarithm(power, fma(lost, scale, number_of(np.int32(bits - (power << _EXPONENT))) - _ONE))
 
 
 @compiled()
@@ -54,11 +59,7 @@ def log_of(value: np.float32) -> Any:
     """Natural logarithm of a positive, normal number."""
     bits = bits_of(value)
     power = (bits - _TWO_THIRDS) >> _EXPONENT
-    rest = number_of(np.int32(bits - (power << _EXPONENT))) - _ONE
-    total = _LOGARITHM[0]
-    for factor in _LOGARITHM[1:]:
-        total = fma(total, rest, factor)
-    return fma(np.float32(power), _LOG_2, fma(rest * rest, total, rest))
+    return _logarithm(power, number_of(np.int32(bits - (power << _EXPONENT))) - _ONE)
 
 
 @compiled()

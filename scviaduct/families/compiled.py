@@ -31,7 +31,8 @@ _CACHE_BYTES = 2 << 20
 _CELLS = 256
 """Cells whose counts are gathered together then, so that their logarithms stay there, too."""
 _TOGETHER = 1024
-"""Cells that pass through the layers together: of 512 hidden units 2 MB. A pass takes 20 us of Python."""
+"""Cells that pass through the layers together: of 512 hidden units 2 MB. A pass takes 7 us of Python beside its
+kernels."""
 _NONE = np.empty(0, np.float32)
 
 

@@ -35,7 +35,7 @@ SAMPLE_PLACES = 2, 8
 """Fewest and most places along the source that the sample reads from, unless there are more files. Each costs 20 ms of
 a Census, where all genes of some more cells are decoded, and 30 us a cell."""
 _CELLS_A_PLACE = 98_304
-"""The sample takes a hundredth of the time of reading a query of SOMA then, unless that is small."""
+"""The sample takes a sixtieth of the time of reading a query of SOMA then, unless that is small."""
 
 Verdict = Literal["fit", "not fit", "cannot tell"]
 _EXIT: dict[Verdict, int] = {"fit": 0, "not fit": 1, "cannot tell": 3}

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 _AGAIN = "Add the reference again from where it came."
 _NAME_BYTES = 200
 _KEPT = 16
-"""Manifests that a process need not check again: of 20,000 genes it keeps 500 KB each."""
+"""Manifests that a process need not check again: it keeps what their files say."""
 _TEXTS = ("scvi_version", "batch_key", "sample_key", "labels_key", "unlabeled_category", "size_factor_key", "layer")
 _LISTS = ("batch_categories", "sample_categories", "labels", "known_labels", "continuous_covariates")
 _FLAGS = ("encode_covariates", "batch_encoded")
