@@ -101,19 +101,27 @@ class Ratio:
         """Median of the turns' ratios, or ratio of the medians where they took no turns; ``best`` of the best samples.
 
         Samples of a turn follow each other: a machine whose speed changes by a quarter from minute to minute changes it
-        for both, while medians may come from different minutes. What is left is told by ``low`` and ``high``, the least
-        and the largest ratio of a turn but one: of nine turns, in 96 of 100 cases the median of very many lies between.
+        for both, while medians may come from different minutes.
         """
         if reason := one.missing or other.missing:
             return cls(None, reason=reason)
         value, best = one.rate / other.rate, one.best_rate / other.best_rate
         pairs = [(a.cpu, b.cpu) for a, b in zip(one.samples, other.samples, strict=False) if a.turn == b.turn]
         if len(pairs) == len(one.samples) == len(other.samples):
-            turns = sorted(b / a * one.amount / other.amount for a, b in pairs)
-            if len(turns) >= _TURNS:
-                return cls(statistics.median(turns), best, low=turns[1], high=turns[-2])
-            value = statistics.median(turns)
+            return cls.of_turns([b / a * one.amount / other.amount for a, b in pairs], best)
         return cls(value, best)
+
+    @classmethod
+    def of_turns(cls, turns: Sequence[float], best: float | None = None) -> Ratio:
+        """Median of what each turn gave.
+
+        How sure it is, is told by ``low`` and ``high``, the least and the largest of a turn but one: of nine turns, in
+        96 of 100 cases the median of very many lies between.
+        """
+        value, ordered = statistics.median(turns), sorted(turns)
+        if len(ordered) < _TURNS:
+            return cls(value, best)
+        return cls(value, best, low=ordered[1], high=ordered[-2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,11 @@ from benchmarks.endtoend import KEPT, SHARD
 from benchmarks.models import TYPICAL, reference
 from benchmarks.turns import Way, in_turns
 from benchmarks.usage import Tree
-from benchmarks.values import Figure, Report
+from benchmarks.values import Figure, Ratio, Report
 from pipelines.progress import Silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from benchmarks.context import Context
     from benchmarks.values import Measurement
@@ -62,8 +62,8 @@ def run(context: Context) -> Report:
     if len(cores) > 1:
         pair.append(Way("two workers, two cores", call, small | {"workers": 2}, cells, cpus=cores, fresh=True))
     measured = {
-        "Ray against one process": in_turns(overhead, context.log, context.samples, warm=0),
-        "Two workers against one": in_turns(pair, context.log, context.samples, warm=0),
+        "Ray against one process": in_turns(overhead, context.log, context.many_samples, warm=0),
+        "Two workers against one": in_turns(pair, context.log, context.many_samples, warm=0),
     }
     one, ray = measured["Ray against one process"]
     costs = {"one process": _steady(one, "cpu"), "Ray, one worker": _steady(ray, "cpu")}
@@ -75,15 +75,27 @@ def run(context: Context) -> Report:
         "ray_overhead_with_start_up": ray.cpu / one.cpu - 1,
         "start_up_cpu_seconds": {m.way: m.cpu - cells * costs[m.way] for m in (one, ray)},
     }
-    value = (costs["Ray, one worker"] + commit) / costs["one process"] - 1
-    return Report(TITLE, COUNTS, [_two(measured), Figure("ray_overhead", value)], measured, facts)
+    figures = [two_workers(measured["Two workers against one"]), ray_overhead(one, ray)]
+    return Report(TITLE, COUNTS, figures, measured, facts)
 
 
-def _two(measured: dict[str, list[Measurement]]) -> Figure:
-    pair = measured["Two workers against one"]
+def two_workers(pair: Sequence[Measurement]) -> Figure:
+    """How many times as fast two workers are as one, by the clock."""
     if len(pair) < 2:
         return Figure("two_workers", None, "this process may use one core only")
-    return Figure("two_workers", _steady(pair[0], "wall") / _steady(pair[1], "wall"))
+    turns = [one["wall"] / two["wall"] for one, two in _in_pairs(*pair)]
+    return Figure.ratio("two_workers", Ratio.of_turns(turns))
+
+
+def ray_overhead(one: Measurement, ray: Measurement) -> Figure:
+    """What a cell costs more on Ray, its share of the commit included."""
+    turns = [(more["cpu"] + more["commit"] / ray.amount) / less["cpu"] - 1 for less, more in _in_pairs(one, ray)]
+    return Figure.ratio("ray_overhead", Ratio.of_turns(turns))
+
+
+def _in_pairs(one: Measurement, other: Measurement) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """What the two ways said in each turn."""
+    return [(a.result, b.result) for a, b in zip(one.samples, other.samples, strict=True)]
 
 
 def _steady(measurement: Measurement, what: str) -> float:

@@ -19,7 +19,7 @@ from benchmarks.plots import draw
 from benchmarks.searchdata import FILTERS, NEIGHBORS, Latents, nearest, recall, store_of
 from benchmarks.suite import BENCHMARKS
 from benchmarks.values import BARS, Figure, Measurement, Report, Sample
-from benchmarks.workers import Listener, slope
+from benchmarks.workers import Listener, ray_overhead, slope, two_workers
 from scviaduct.sources import open_source
 
 
@@ -171,6 +171,19 @@ def test_the_steady_slope_leaves_start_and_end_out():
     assert slope(marks, 1, 1) == pytest.approx(1e-3)
     assert slope(marks, 2, 1) == pytest.approx(2e-3)
     assert slope(marks[4:6], 2, 2) == pytest.approx(2e-3)
+
+
+def test_ray_is_compared_turn_by_turn():
+    speeds = [(10.0, 10.0), (90.0, 10.0), (90.0, 90.0)]  # of the machine: it slows down, in one turn between the two
+    alone = tuple(Sample(turn, 1.0, 1.0, {"cpu": one, "wall": one}) for turn, (one, _) in enumerate(speeds))
+    on_ray = tuple(
+        Sample(turn, 1.0, 1.0, {"cpu": 1.05 * two, "wall": two / 2, "commit": 0.05 * two})
+        for turn, (_, two) in enumerate(speeds)
+    )
+    one, ray = Measurement("one", 1.0, "cells", alone), Measurement("ray", 1.0, "cells", on_ray)
+    assert ray_overhead(one, ray).value == pytest.approx(0.1)
+    assert two_workers([one, ray]).value == pytest.approx(2.0)
+    assert two_workers([one]).reason == "this process may use one core only"
 
 
 def test_the_listener_notes_every_unit():
