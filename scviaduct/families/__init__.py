@@ -1,7 +1,9 @@
 """One module per model family, behind one small interface.
 
-A module of this package that ends in ``FAMILY = …`` is found by itself: a further family touches nothing else. They are
-imported when a family is first asked for, because torch takes seconds and the facts of a package need none of it.
+A module of this package whose name ends in ``vi``, as those of model classes do, holds a family as ``FAMILY`` and is
+found by itself: a further one touches nothing else. They are imported when a family is first asked for, because torch
+takes seconds and the facts of a package need none of it. The other modules are what families are made of, and one of
+them needs Triton, which a PyTorch without CUDA does not bring.
 """
 
 from functools import cache
@@ -16,8 +18,8 @@ from scviaduct.families.recipe import Recipe
 @cache
 def families() -> dict[str, Family]:
     """Name of every model class that is mapped here, as scvi-tools saves it, to its family."""
-    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    names = [module.name for module in iter_modules(__path__) if module.name.endswith("vi")]
+    found = [import_module(f"{__name__}.{name}").FAMILY for name in names]
     return {one.name: one for one in found}
 
 
