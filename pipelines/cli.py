@@ -6,6 +6,8 @@ quarantine; 5 the machines gave way (disk, network, cluster); 130 interrupted.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -323,4 +325,14 @@ def main(arguments: list[str] | None = None) -> None:
         Without the program's name; None for those of the process.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    atexit.register(_spare_the_last_collection)
     app(args=arguments, prog_name="scviaduct")
+
+
+def _spare_the_last_collection() -> None:
+    """Have the interpreter end without looking for garbage among all that PyTorch and others made: a second a command.
+
+    Not with Triton, which prints the objects that it then finds not freed.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()
