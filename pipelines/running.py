@@ -46,6 +46,11 @@ class Run:
     fractional
         Whether counts that are not whole are mapped, too.
 
+    Raises
+    ------
+    InputError
+        If what is done of it are cells that another place had once, and does not have any more.
+
     Attributes
     ----------
     left
@@ -77,6 +82,7 @@ class Run:
         stager = Stager(str(space.path), f"{reference.name}@{reference.digest[:12]}", plan.run)
         self.assignment = Assignment(str(reference.path), plan.settings, stager, columns, fleet, fractional)
         self._done: dict[str, Completion] = space.completions(unit.id for unit in plan.units)
+        _require_no_return(plan, self._done, space)
         self.left: list[Unit] = [unit for unit in plan.units if unit.id not in self._done]
         self.is_complete = not self.left and space.is_visible(self._done.values())
         self.mapped = 0
@@ -116,6 +122,26 @@ class Run:
         told = {"run": self.plan.run, "attempt": record.attempt}
         kept = self.plan.settings.keep_obs
         return self.space.commit(list(self._done.values()), kept, told, lambda: self._store.record(record))
+
+
+def _require_no_return(plan: Plan, done: Mapping[str, Completion], space: Space) -> None:
+    """Refuse a copy of what another file held before it changed: committed anew, it would replace what that holds now.
+
+    Cells of a file that only moved are found as they were committed, under its old URL, and stay.
+    """
+    found = [(unit.shard.source, done[unit.id].cells) for unit in plan.units if unit.id in done]
+    strange = [(own, cells) for own, cells in found if cells.source != own]
+    if not strange:
+        return
+    visible, names = space.snapshot().pairs, {cells.name for _, cells in strange}
+    now = {(pair.cells.source, pair.cells.dataset_id) for name, pair in visible.items() if name not in names}
+    for own, cells in strange:
+        if cells.name not in visible and (cells.source, cells.dataset_id) in now:
+            raise InputError(
+                f"'{own}' holds cells that '{cells.source}' held before it changed; they would replace what the store"
+                " has of it now.",
+                f"Map '{cells.source}', or these cells into a store of their own.",
+            )
 
 
 def _told(item: Quarantined) -> dict[str, str | int]:

@@ -134,7 +134,10 @@ def write_counts(folder: Path, counts: Rows, n_genes: int, genes: str) -> Counts
     try:
         data, integer = narrowed(counts.data)
         cells = len(counts.indptr) - 1
-        _write_arrays(temporary, {"indptr": counts.indptr, "steps": _steps(counts.indices), "data": data})
+        try:
+            _write_arrays(temporary, {"indptr": counts.indptr, "steps": _steps(counts.indices), "data": data})
+        except RuntimeError as error:  # so zarrs says that a disk is full
+            raise OSError(str(error)) from error
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         record = CountsRecord(cells, n_genes, len(data), genes, integer, seal(temporary), size)
         (temporary / RECORD).write_text(json.dumps(asdict(record)))

@@ -95,7 +95,7 @@ def covariates(scan: Scan, reference: Reference, surgery: Surgery = "auto") -> I
         summary = scan.columns.get(name)
         if summary is None or name in scan.missing:
             yield _absent(_Column("covariates", name, ()), scan)
-        elif summary.type not in ("double", "int64") or summary.nulls:
+        elif summary.type not in ("double", "int64", "bool") or summary.nulls:
             what = f"{summary.nulls:,} cells without a value" if summary.nulls else f"{summary.type} values"
             message = f"Continuous covariate '{name}' has {what}."
             yield Finding("covariates", "stop", message, "Give every cell a number.", overridable=False)

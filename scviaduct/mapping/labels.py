@@ -106,7 +106,9 @@ class NeighborVote:
             part = slice(start, start + _CELLS)
             squared, found = self._nearest(np.ascontiguousarray(latent[part], dtype=np.float32) - self._centre)
             distance = np.sqrt(squared)
-            weight = np.exp(-distance * distance.std(axis=1, keepdims=True) ** 2 / 4)
+            exponent = distance * distance.std(axis=1, keepdims=True) ** 2 / 4
+            # Of a cell far from all voters every weight would be 0; beside the nearest one's, one is 1.
+            weight = np.exp(exponent.min(axis=1, keepdims=True) - exponent)
             weight /= weight.sum(axis=1, keepdims=True)
             np.add.at(votes[part], (np.arange(len(found))[:, None], self._codes[found]), weight)
         return votes.astype(np.float32)

@@ -258,7 +258,7 @@ class Mapper:
     @staticmethod
     def _numbers(block: CellBlock, column: str) -> FloatArray:
         # Through numpy: Arrow refuses integers above 2**24 as float32, and they are common (counts of a library).
-        values = block.obs[column].combine_chunks().cast(pa.float64()).to_numpy(zero_copy_only=False)
+        values = block.obs[column].combine_chunks().cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         with np.errstate(over="ignore"):
             values = values.astype(np.float32)
         if not np.isfinite(values).all():

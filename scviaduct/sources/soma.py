@@ -229,7 +229,8 @@ class SomaSource(TableSource):
             if chosen is None:
                 yield table
                 continue
-            for first in range(0, len(table), BATCH_ROWS):  # what is decoded for the filter is bounded
+            # What is decoded for the filter is bounded. Of no row at all there is an empty batch.
+            for first in range(0, max(len(table), 1), BATCH_ROWS):
                 batch = table.slice(first, BATCH_ROWS)
                 compared = {name: comparable(batch[name], name, where) for name in chosen.columns}
                 yield batch.filter(pa.array(chosen.mask(pa.table(compared)))).select(list(columns))
@@ -239,7 +240,7 @@ class SomaSource(TableSource):
         needed = list(dict.fromkeys((JOINID, *self._rule.columns, *columns)))
         for table in self._obs_tables(needed, start, stop):
             # TileDB fills its buffers, with two million rows and more; decoded strings of so many would be too large.
-            for first in range(0, len(table), BATCH_ROWS):
+            for first in range(0, max(len(table), 1), BATCH_ROWS):
                 batch = table.slice(first, BATCH_ROWS)
                 yield select(batch[JOINID].to_numpy(), batch, self._rule, columns)
 

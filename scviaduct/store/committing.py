@@ -100,7 +100,9 @@ def _replace_in_dataset(space: Path, pairs: Sequence[Pair], fresh: Sequence[Comp
 
 
 def _observation_ids(path: Path) -> pa.ChunkedArray:
-    return pq.read_table(path, columns=["observation_id"], partitioning=None)["observation_id"]
+    """Ids of a file's cells; large strings, because those of all fresh units of a dataset may come to 2 GiB."""
+    ids = pq.read_table(path, columns=["observation_id"], partitioning=None)["observation_id"]
+    return ids.cast(pa.large_string())
 
 
 def _keys_of(space: Path, pair: Pair) -> str | None:

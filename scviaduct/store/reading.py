@@ -124,7 +124,7 @@ def read_units(
     unknown = [name for name in names if name not in snapshot.names]
     if unknown:
         raise InputError(f"There is no column '{unknown[0]}'.", f"Columns: {', '.join(snapshot.names)}.")
-    condition = parse_where(where, snapshot.schema) if where else None
+    condition = None if where is None else parse_where(where, snapshot.schema)
     needed = list(dict.fromkeys([*names, *(condition.columns if condition else ())]))
     derived = DerivedColumns(space, snapshot.derived.values())
     for pair in sorted(snapshot.pairs.values(), key=order_of):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 
 from scviaduct.errors import InputError, StoreError
 from scviaduct.store.files import read_json, write_once
@@ -242,6 +242,8 @@ class Store:
                 write_deltalake(str(self.path / "runs"), row, mode="append")
             except CommitFailedError:
                 continue
+            except DeltaError as error:  # so it says that a disk is full
+                raise OSError(str(error)) from error
             return
         remedy = "What is staged is kept: run the command again."
         raise StoreError("Other writers kept writing to the runs table.", remedy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import anndata
 import numpy as np
 import pytest
@@ -177,6 +179,28 @@ def test_hits_come_from_one_version_whoever_commits_meanwhile(symphony, pbmc, mo
     monkeypatch.setattr(searching.Searcher, "stored", and_commit)
     hits = sv.search(store, label="B", k=3, quiet=True)
     assert all(hit["query"] != hit["observation_id"] for hit in hits.to_pylist())
+
+
+def test_a_copy_of_what_a_file_once_held_does_not_bring_it_back(symphony, pbmc, rows, tmp_path):
+    here, store, options = tmp_path / "here" / "query.h5ad", str(tmp_path / "s"), {"engine": "inline", "quiet": True}
+    here.parent.mkdir()
+    cells = anndata.read_h5ad(symphony)[:300].copy()
+    cells.write_h5ad(here)
+    sv.map(str(here), reference="pbmc", store=store, **options)
+    moved, copy = tmp_path / "there" / "query.h5ad", tmp_path / "backup" / "query.h5ad"
+    for other in (moved, copy):
+        other.parent.mkdir()
+        shutil.copyfile(here, other)
+    assert sv.map(str(moved), reference="pbmc", store=store, **options).state == "nothing to do"
+    cells.X[:5] *= 2
+    cells.write_h5ad(tmp_path / "changed.h5ad")
+    (tmp_path / "changed.h5ad").rename(here)
+    sv.map(str(here), reference="pbmc", store=store, **options)
+    newest = rows(store)
+    with pytest.raises(InputError, match=f"'.*{copy}' holds cells that '.*{here}' held before it changed"):
+        sv.map(str(copy), reference="pbmc", store=store, **options)
+    assert rows(store).equals(newest)
+    assert sv.map(str(here), reference="pbmc", store=store, **options).state == "nothing to do"
 
 
 def test_a_run_without_a_single_mapped_unit_commits_nothing(spoil, pbmc, tmp_path):

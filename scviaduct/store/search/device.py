@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from scviaduct.families.precision import exactly
 from scviaduct.store.index.comparing import among
 from scviaduct.store.index.scanning import SLOT, Found, scan_all, settled
 
@@ -78,7 +79,8 @@ class DeviceVectors:
         which = torch.empty((len(query), 0), dtype=torch.int64, device=query.device)
         for start in range(0, len(self._x), _CELLS):
             block = self._x[start : start + _CELLS]
-            distance = self._squares[start : start + _CELLS] - 2 * (query @ block.T) + square
+            with exactly(query.device.type):  # the bound of what a product is off by is that of float32
+                distance = self._squares[start : start + _CELLS] - 2 * (query @ block.T) + square
             near, at = distance.topk(min(n, len(block)), dim=1, largest=False)
             best, which = torch.cat([best, near], dim=1), torch.cat([which, at + start], dim=1)
             best, chosen = best.topk(min(n, best.shape[1]), dim=1, largest=False)

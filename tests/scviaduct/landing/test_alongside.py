@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from dataclasses import replace
 
 import anndata
@@ -64,3 +66,31 @@ def test_a_column_that_is_damaged_takes_no_cell_from_the_mapping(symphony, tmp_p
     assert block.obs.equals(plain.obs)
     with pytest.raises(DataError, match="score"):
         land_piece(landing, job)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """No file of this process grows beyond so many bytes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_takes_no_cell_from_the_mapping(symphony, tmp_path):
+    landing = Landing.at(tmp_path / "landing")
+    with open_source(str(symphony)) as opened:
+        plan = plan_landing(opened, 400)
+    plan.begin(landing)
+    job = plan.jobs[0][0]
+    with files_of_at_most(1 << 14):
+        block = Alongside(landing, job).read(job.shard, None, None, job.columns[:1])
+        with pytest.raises(OSError, match="File too large"):
+            land_piece(landing, job)
+    plain = open_shard(job.shard).read(job.shard, columns=job.columns[:1])
+    np.testing.assert_array_equal(block.data, plain.data, strict=True)
+    assert block.obs.equals(plain.obs)
+    assert [path for path in landing.path.rglob("*") if path.name.startswith(".") and path.is_dir()] == []
+    assert land_piece(landing, job).piece.cells == job.shard.cells

@@ -45,6 +45,16 @@ def test_vote_equals_the_formula_on_exact_neighbours():
     np.testing.assert_allclose(vote.probabilities(query), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("away", [1e2, 1e4, 1e6])
+def test_a_cell_far_from_all_voters_gets_the_label_of_the_nearest(away):
+    rng = np.random.default_rng(1)
+    latent = rng.normal(size=(200, 10)).astype(np.float32)
+    latent[100:] += 5
+    vote = NeighborVote(latent, ["a"] * 100 + ["b"] * 100, 15)
+    (near,) = vote.probabilities(np.full((1, 10), away, np.float32))
+    assert near.tolist() == [0, 1]  # e**-745 is the least that float64 holds, and each weight would be less
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_fewer_reference_cells_than_neighbours(n):
     vote = NeighborVote(np.eye(3, dtype=np.float32)[:n], ["a"] * n, 15)

@@ -307,11 +307,21 @@ def test_batches_that_are_not_text(blocks, write, make_cells, trained, column):
     assert np.abs(Mapper(reference, Settings()).map(block).latent - latent).max() / latent.std() <= 1e-5
 
 
-def test_a_continuous_covariate_of_large_integers(blocks, write, make_cells, conditional):
-    large = np.arange(60) + 2**24 + 1  # float32 holds every second of them
+@pytest.mark.parametrize("least", [2**24 + 1, 2**53 + 1])  # float32, and float64, hold every second from there on
+def test_a_continuous_covariate_of_large_integers(blocks, write, make_cells, conditional, least):
+    large = np.arange(60) + least
     (block,) = blocks(write(make_cells(age=large), "integers"), conditional)
     assert block.obs["age"].type == pa.int64()
     (real,) = blocks(write(make_cells(age=large.astype(float)), "reals"), conditional)
+    mapper = Mapper(conditional, Settings())
+    np.testing.assert_array_equal(mapper.map(block).latent, mapper.map(real).latent)
+
+
+def test_a_continuous_covariate_of_yes_and_no(blocks, write, make_cells, conditional):
+    told = np.arange(60) % 2 == 0
+    (block,) = blocks(write(make_cells(age=told), "booleans"), conditional)
+    assert block.obs["age"].type == pa.bool_()
+    (real,) = blocks(write(make_cells(age=told.astype(float)), "reals"), conditional)
     mapper = Mapper(conditional, Settings())
     np.testing.assert_array_equal(mapper.map(block).latent, mapper.map(real).latent)
 

@@ -351,6 +351,11 @@ def test_known_batches_and_covariates_fit_an_encoder_that_reads_them(check, make
     ]
 
 
+def test_a_continuous_covariate_may_be_of_yes_and_no(check, make_cells, conditional):
+    report = check(with_columns(make_cells(CELLS), {"age": np.arange(CELLS) % 2 == 0}), conditional)
+    assert findings(report, "covariates")[1].message == "Continuous covariate 'age' is there."
+
+
 @pytest.mark.parametrize(("name", "columns", "told", "remedy"), UNKNOWN_TO_THE_ENCODER)
 def test_what_an_encoder_reads_must_be_known(check, make_cells, conditional, name, columns, told, remedy):
     report = check(with_columns(make_cells(CELLS), columns), conditional)

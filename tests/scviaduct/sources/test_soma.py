@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -299,6 +300,14 @@ def test_filter_selects_what_tiledbsoma_selects(experiment, counts, text):
         (shard,) = source.scan(30).shards
         assert source.read(shard).rows.tolist() == expected
         assert 0 < len(expected) < 30
+
+
+@pytest.mark.parametrize("rows", [(10, 20), (12, 13)])
+def test_a_piece_of_a_shard_without_a_cell_is_read_as_none(experiment, counts, rows):
+    with open_source(f"soma:{experiment({'n': range(30)}, counts)}?filter=n < 10 or n >= 20") as source:
+        (shard,) = source.scan(100).shards
+        piece = source.read(replace(shard, start=rows[0], stop=rows[1]), columns=["n"], limit=5)
+    assert (piece.n_cells, len(piece.data), piece.obs.column_names) == (0, 0, ["observation_id", "n"])
 
 
 def test_no_shard_makes_a_query_condition(experiment, counts, monkeypatch):

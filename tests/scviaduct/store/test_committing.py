@@ -369,7 +369,7 @@ def fails(what):
     before = files()
     try:
         what()
-    except Exception as error:
+    except OSError as error:  # which the command line tells, with its exit status
         print(type(error).__name__, error)
     else:
         raise SystemExit("it should have failed")

@@ -161,6 +161,8 @@ def test_only_what_is_asked_for_is_read(lab):
     assert all_of(lab.space, columns=["latent"])["latent"].to_pylist()[5] == [5, 0, 0.5, -5]
     assert list(lab.space.read(where="whole > 9")) == []
     assert (lab.space.count(), lab.space.count("whole < 2")) == (6, 2)
+    with pytest.raises(FilterError):
+        lab.space.count("")  # such as of a variable that is not set: no condition is None
 
 
 @pytest.mark.parametrize(
