@@ -45,6 +45,11 @@ class Context:
         return 2 if self.quick else 9
 
     @property
+    def rounds(self) -> int:
+        """Of new processes, where ways cost so nearly the same that it matters which process of each was measured."""
+        return 1 if self.quick else 3
+
+    @property
     def cores(self) -> tuple[int, ...]:
         """Cores that may be used, at most two."""
         return tuple(sorted(os.sched_getaffinity(0))[:2])

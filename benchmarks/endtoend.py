@@ -52,7 +52,7 @@ def run(context: Context) -> Report:
         found = measured[heading] = in_turns([mine, plain_], context.log, context.samples)
         figures.append(Figure.ratio(name, Ratio.of(*found)))
         if name == "e2e_2000":
-            against = in_turns([mine, reads], context.log, context.many_samples)
+            against = in_turns([mine, reads], context.log, context.samples, rounds=context.rounds)
             measured[f"{heading}, against reading"] = against
             figures.append(Figure.ratio("e2e_vs_read_only", Ratio.of(*against)))
     return Report(TITLE, COUNTS, figures, measured)

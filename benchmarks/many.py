@@ -37,7 +37,7 @@ def run(context: Context) -> Report:
         Way("one reference", call, told | {"packages": packages[:1]}, cells),
         Way("four references", call, told | {"packages": packages}, cells),
     ]
-    found = in_turns(ways, context.log, context.many_samples)
+    found = in_turns(ways, context.log, context.samples, rounds=context.rounds)
     return Report(TITLE, COUNTS, [Figure.ratio("references_4_vs_1", Ratio.of(*found))], {"One core": found})
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +23,7 @@ from benchmarks.usage import Tree
 from benchmarks.values import Measurement, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).parents[1]
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -149,7 +149,7 @@ class Child:
         return answer
 
 
-def in_turns(ways: Sequence[Way], log: Path, samples: int = 3, warm: int = 1) -> list[Measurement]:
+def in_turns(ways: Sequence[Way], log: Path, samples: int = 3, warm: int = 1, *, rounds: int = 1) -> list[Measurement]:
     """Take every way several times, in turns.
 
     Parameters
@@ -159,9 +159,12 @@ def in_turns(ways: Sequence[Way], log: Path, samples: int = 3, warm: int = 1) ->
     log
         File for what their processes print.
     samples
-        Of each way.
+        Of each way in a round.
     warm
         Times before that are not counted; those of fresh ways are whole processes, too, and fill the page cache.
+    rounds
+        How often that is done, each with new processes: code and memory lie elsewhere in every process, which alone
+        makes one a few hundredths slower or faster than another for as long as it lives.
 
     Returns
     -------
@@ -175,16 +178,21 @@ def in_turns(ways: Sequence[Way], log: Path, samples: int = 3, warm: int = 1) ->
     """
     found: dict[str, list[Sample]] = {way.name: [] for way in ways}
     missing = dict.fromkeys(found, "")
+    for done in range(0, rounds * samples, samples):
+        for way, taken in _round(ways, log, range(-warm, samples)):
+            if isinstance(taken, str):
+                missing[way.name] = taken
+            elif taken.turn >= 0:
+                found[way.name].append(replace(taken, turn=done + taken.turn))
+    return [Measurement(way.name, way.amount, way.unit, tuple(found[way.name]), missing[way.name]) for way in ways]
+
+
+def _round(ways: Sequence[Way], log: Path, turns: range) -> Iterator[tuple[Way, Sample | str]]:
+    """Samples of all ways, turn by turn; of one that cannot be taken, why."""
     with ExitStack() as stack:
         children = {way.name: stack.enter_context(Child(way, log)) for way in ways if not way.fresh}
-        for turn in range(-warm, samples):
+        for turn in turns:
             # Forth and back, so that a machine that grows slower within a turn does not always do so for the same way.
             for way in ways if turn % 2 == 0 else reversed(ways):
                 child = children.get(way.name) or stack.enter_context(Child(way, log))
-                if child.missing:
-                    missing[way.name] = child.missing
-                    continue
-                sample = child.take_and_end(turn) if way.fresh else child.take(turn)
-                if turn >= 0:
-                    found[way.name].append(sample)
-    return [Measurement(way.name, way.amount, way.unit, tuple(found[way.name]), missing[way.name]) for way in ways]
+                yield way, child.missing or (child.take_and_end(turn) if way.fresh else child.take(turn))

@@ -83,6 +83,15 @@ def test_ways_prepare_once_and_take_turns_after_a_warm_up(ways, tmp_path):
     assert "a library says something" in (tmp_path / "log").read_text()
 
 
+def test_rounds_are_turns_of_new_processes(ways, tmp_path):
+    notes = tmp_path / "notes"
+    pair = [Way(name, "some_ways:noted", {"path": str(notes), "name": name}, 100) for name in ("a", "b")]
+    one, other = in_turns(pair, tmp_path / "log", samples=2, warm=0, rounds=2)
+    assert [sample.turn for sample in one.samples] == [sample.turn for sample in other.samples] == [0, 1, 2, 3]
+    pids = [sample.result["pid"] for sample in one.samples]
+    assert pids[0] == pids[1] != pids[2] == pids[3]
+
+
 def test_a_fresh_way_is_a_process_a_sample(ways, tmp_path):
     notes = tmp_path / "notes"
     way = Way("a", "some_ways:noted", {"path": str(notes), "name": "a"}, 100, fresh=True)
