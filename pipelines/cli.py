@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import signal
 import sys
@@ -326,6 +327,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, _terminate)
     atexit.register(_spare_the_last_collection)
+    for stream in (sys.stdout, sys.stderr):  # a label that a terminal's encoding lacks is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app(args=arguments, prog_name="scviaduct")
 
 

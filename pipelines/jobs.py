@@ -141,10 +141,10 @@ class TrainJob(_Job):
 
 def _load(path: Path, example: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Job file '{path}' cannot be read: {error.strerror}.", "Give --job a TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"Job file '{path}' is not TOML: {error}.", f"It reads:\n{example}") from error
 
 

@@ -7,11 +7,12 @@ is there. It is keyed by the recipe, the version of the cells and the software; 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from scviaduct.errors import InputError
 from scviaduct.references.features import Features
@@ -151,13 +152,12 @@ class Work:
         """
         path = self.folder.with_name(f"{self.folder.name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                told = f"Another process is training into '{self.folder.name}'"
-                raise InputError(f"{told}.", "Wait for it, or name another --out.") from error
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        try:
+            with FileLock(path, timeout=0):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+        except Timeout as error:
+            told = f"Another process is training into '{self.folder.name}'"
+            raise InputError(f"{told}.", "Wait for it, or name another --out.") from error

@@ -24,9 +24,22 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 
 
 def home() -> Path:
-    """``SCVIADUCT_HOME``, or the platform's folder for user data."""
-    told = os.environ.get("SCVIADUCT_HOME")
-    return Path(told) if told else user_data_path("scviaduct")
+    """``SCVIADUCT_HOME``, or the platform's folder for user data.
+
+    Raises
+    ------
+    PackageError
+        If this user has none.
+    """
+    if told := os.environ.get("SCVIADUCT_HOME"):
+        return Path(told)
+    try:
+        return user_data_path("scviaduct")
+    except RuntimeError as error:  # a number without an account, such as a container may run as
+        raise PackageError(
+            f"References have no place to be kept in ({error}).",
+            "Set SCVIADUCT_HOME to a folder, or HOME; or give references by their paths.",
+        ) from error
 
 
 class Registry:
@@ -39,7 +52,11 @@ class Registry:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = (folder or home()) / "references"
+        self._home = folder
+
+    @property
+    def _folder(self) -> Path:
+        return (self._home or home()) / "references"
 
     def add(
         self,
@@ -125,6 +142,8 @@ class Registry:
         PackageError
             If there is neither.
         """
+        if not _NAME.fullmatch(name) and (Path(name) / MANIFEST).exists():
+            return Reference.load(Path(name).absolute())
         self._finish_replacing()
         if _NAME.fullmatch(name) and (self._folder / name / MANIFEST).exists():
             return Reference.load(self._folder / name)

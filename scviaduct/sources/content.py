@@ -177,7 +177,13 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def cache_file() -> Path:
-    """Where digests are remembered: ``cache/digests.json`` under ``SCVIADUCT_HOME`` or the user's data folder."""
+    """Where digests are remembered: ``cache/digests.json`` under ``SCVIADUCT_HOME`` or the user's data folder.
+
+    Raises
+    ------
+    RuntimeError
+        If this user has no home.
+    """
     home = os.environ.get("SCVIADUCT_HOME")
     return (Path(home) if home else platformdirs.user_data_path("scviaduct")) / "cache" / "digests.json"
 
@@ -256,7 +262,7 @@ def _identified(place: Place, known: list[str] | None, planned: str | None) -> t
 
 def _remembered() -> dict[str, list[str]]:
     # The cache spares a second reading of the files, no more: one that cannot be read is replaced, or done without.
-    with contextlib.suppress(OSError, json.JSONDecodeError, UnicodeDecodeError):
+    with contextlib.suppress(OSError, RuntimeError, json.JSONDecodeError, UnicodeDecodeError):
         held = json.loads(cache_file().read_text())
         if isinstance(held, dict):
             return held
@@ -264,9 +270,9 @@ def _remembered() -> dict[str, list[str]]:
 
 
 def _remember(fresh: dict[str, list[str]]) -> None:
-    file = cache_file()
-    # The same holds for one that cannot be written: a home that is read-only or full stops nothing.
-    with contextlib.suppress(OSError):
+    # The same holds for one that cannot be written: a home that is read-only, full or not there stops nothing.
+    with contextlib.suppress(OSError, RuntimeError):
+        file = cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as staged:
             json.dump({**_remembered(), **fresh}, staged)

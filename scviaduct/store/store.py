@@ -311,4 +311,8 @@ def _local(path: str | Path) -> Path:
             f"Store '{text}' is on object storage, which this version does not write.",
             "Name a folder on a file system that every node shares.",
         )
-    return Path(text.removeprefix("file://")).expanduser().absolute()
+    place = Path(text.removeprefix("file://")).expanduser().absolute()
+    if found := re.search(r"%[0-9A-Fa-f]{2}|[\[\]^|\\]", str(place)):
+        # delta-rs takes a path for a URL: 'a%20b' would be the folder 'a b'.
+        raise InputError(f"Store '{place}' has '{found[0]}' in its path.", "Name a folder without it.")
+    return place

@@ -168,7 +168,7 @@ class Table:
         1.6.6), and reads them all.
         """
         log = self.path / "_delta_log" / f"{number:020}.json"
-        for line in log.read_text().splitlines():
+        for line in log.read_text(encoding="utf-8").splitlines():
             action: dict[str, dict[str, Any]] = json.loads(line)
             if "commitInfo" in action:
                 return action["commitInfo"]

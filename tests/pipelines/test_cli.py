@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import anndata
 import numpy as np
@@ -263,3 +266,16 @@ def test_a_space_mapped_by_the_path_of_its_package_is_searched_by_it(call, pbmc,
     assert (unnamed.exit_code, "There is no reference 'mine'" in unnamed.stderr) == (2, True)
     named = call("search", store, "--cells", five_prime, "-k", 2, "--package", package, "--json")
     assert len(json.loads(named.stdout)) == 543 * 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_label_that_the_terminal_cannot_show_is_spelled(encoding):
+    code = (
+        "from pipelines import cli, printing; cli.app = lambda **_: printing.table(('label',), [('\u03b3\u03b4 T',)]);"
+        " cli.main([])"
+    )
+    told = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=told)
+    assert done.returncode == 0, done.stderr
+    shown = "\u03b3\u03b4 T" if encoding == "utf-8" else r"\u03b3\u03b4 T"
+    assert shown in done.stdout.decode(encoding)

@@ -160,7 +160,7 @@ def require_clean(documents: Mapping[str, str], places: Sequence[Path] = ()) -> 
     InputError
         Naming where it was found; a token is not repeated.
     """
-    private = [str(path) for path in (Path.home(), *places) if len(path.parts) > 2]
+    private = [str(path) for path in (*_homes(), *places) if len(path.parts) > 2]
     for name, text in documents.items():
         if _SECRETS.search(text):
             told = f"{name} would hold an access token or a private key"
@@ -171,3 +171,11 @@ def require_clean(documents: Mapping[str, str], places: Sequence[Path] = ()) -> 
             shown = path or (found[0] if found else "")
             told = f"{name} would hold '{shown}', a path of this machine"
             raise InputError(f"{told}; nothing was published.", "Take it out of the text or of the model's arguments.")
+
+
+def _homes() -> tuple[Path, ...]:
+    """The user's home; none for a number without an account, such as a container may run as."""
+    try:
+        return (Path.home(),)
+    except RuntimeError:
+        return ()

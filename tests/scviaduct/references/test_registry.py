@@ -170,3 +170,14 @@ def test_a_kill_between_the_two_steps_of_replacing_loses_nothing(registry, two):
     replaced = registry.add(two[1].path, "a.old.b", replace=True)
     assert replaced.digest == two[1].digest != two[0].digest
     assert [path.name for path in made.path.parent.iterdir()] == ["a.old.b"]
+
+
+def test_a_package_given_by_its_path_needs_no_home(two, monkeypatch):
+    def without(*_):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("SCVIADUCT_HOME", raising=False)
+    monkeypatch.setattr("scviaduct.references.registry.user_data_path", without)
+    assert Registry().get(str(two[0].path)).digest == two[0].digest
+    with pytest.raises(PackageError, match=r"no place to be kept in .*Set SCVIADUCT_HOME"):
+        Registry().get("pbmc")

@@ -108,12 +108,19 @@ def test_default_home_is_the_users_data_folder(monkeypatch):
     assert content.cache_file().parts[-3:] == ("scviaduct", "cache", "digests.json")
 
 
-@pytest.mark.parametrize("spoilt", ["home is a file", "cache is a folder", "home is read-only"])
+@pytest.mark.parametrize("spoilt", ["home is a file", "cache is a folder", "home is read-only", "no home"])
 def test_cache_that_cannot_be_used_is_done_without(place, tmp_path, monkeypatch, spoilt):
     if spoilt == "home is a file":
         (tmp_path / "home").write_text("")
     elif spoilt == "cache is a folder":
         cache_file().mkdir(parents=True)
+    elif spoilt == "no home":
+
+        def lacking(*_args):
+            raise RuntimeError("could not determine the home directory")
+
+        monkeypatch.delenv("SCVIADUCT_HOME")
+        monkeypatch.setattr(content.platformdirs, "user_data_path", lacking)
     else:
 
         def refuse(*_args, **_kwargs):

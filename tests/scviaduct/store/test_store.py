@@ -87,6 +87,21 @@ def test_object_storage_is_refused(uri):
         assert "a file system that every node shares" in error.value.remedy
 
 
+@pytest.mark.parametrize("name", ["a%20b", "lung%2Fx", "a[1]", "a^b", "a|b", "a\\b"])
+def test_a_folder_that_delta_rs_takes_for_another_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="in its path"):
+        Store.create(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "a#c", "a?b", "90%", "{a}", "a+b&c=d'e"])
+def test_a_folder_of_any_other_name_is_a_store(tmp_path, name):
+    lab = Lab.make(tmp_path / name / "store")
+    lab.put(range(5))
+    assert (tmp_path / name / "store").is_dir()
+    assert len(lab.stamps()) == 5
+
+
 def test_a_store_of_which_the_maker_was_killed(tmp_path):
     folder_with(tmp_path / "x")
     (tmp_path / "x" / ".store.json.0a1b2c3d").write_text("{")
