@@ -25,7 +25,7 @@ from scviaduct.errors import InputError
 from scviaduct.values import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from scviaduct.families import Family
     from scviaduct.references.features import Features
@@ -45,24 +45,49 @@ _WIDE = 2**31 - 1
 """Counts beyond which scipy numbers columns with 64 bits, as it numbers counts; other files it would copy."""
 _SAMPLED_SHARDS, _SAMPLED_CELLS = 8, 1024
 _CHUNK = 1 << 24
+_FIRST = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+_SECOND = "memory.max", "memory.current", "inactive_file"
+"""Files of a control group of version 1 and 2: its limit, what it takes, and in ``memory.stat`` files kept of that."""
 _HEAD, _OBS = "cells.json", "obs.parquet"
 _ARRAYS = ("indptr", "indices", "data")
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: what the machine has to give, or its control group if that is less."""
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: what the machine has to give, or a control group of it if that is less.
+
+    Parameters
+    ----------
+    root
+        Where ``proc`` and ``sys`` are.
+    """
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    told = Path("/proc/meminfo")  # Linux says what is free besides what it keeps of files
+    told = root / "proc/meminfo"  # Linux says what is free besides what it keeps of files
     if told.is_file():
         kilobytes = next(line.split()[1] for line in told.read_text().splitlines() if line.startswith("MemAvailable"))
         free = int(kilobytes) << 10
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).is_file() and (most := Path(limit).read_text().strip()).isdigit():
-            free = min(free, int(most) - int(Path(used).read_text()))
-    return max(free, 0)
+    return max(min([free, *_left_to_groups(root)]), 0)
+
+
+def _left_to_groups(root: Path) -> Iterator[int]:
+    """What each control group of this process may still take, up to the root's, of either version of them.
+
+    Files that the kernel keeps in memory count as a group's own, and are given up for whatever needs it.
+    """
+    told = root / "proc/self/cgroup"
+    for line in told.read_text().splitlines() if told.is_file() else ():
+        _, controllers, inside = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / ("sys/fs/cgroup/memory" if controllers else "sys/fs/cgroup")
+        most, used, kept = _FIRST if controllers else _SECOND
+        group = top / inside.lstrip("/")
+        for one in (group, *group.parents):
+            # A container sees its own group as the top, or the machine's: then the path leads to nothing.
+            if not one.is_relative_to(top) or not all((one / name).is_file() for name in (most, used, "memory.stat")):
+                continue
+            if (limit := (one / most).read_text().strip()) != "max":
+                held = dict(entry.split() for entry in (one / "memory.stat").read_text().splitlines())
+                yield int(limit) - int((one / used).read_text()) + int(held.get(kept, 0))
 
 
 @dataclass(frozen=True, slots=True)

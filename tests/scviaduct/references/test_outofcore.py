@@ -139,6 +139,40 @@ def test_more_counts_than_32_bits_number(source, tmp_path):
     np.testing.assert_array_equal(spool.counts().toarray(), plain.cells.X.toarray())
 
 
+def group(folder, names, limit, used, files):
+    """A control group's limit, and what it takes, of which so much is files that the kernel keeps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, told in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{told}\n")
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\ntotal_inactive_file {files}\n")
+
+
+GIB = 1 << 30
+VERSIONS = {
+    1: ("9:pids:/\n4:cpu,memory:/job/step\n0::/\n", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    2: ("0::/job/step\n", "", ("memory.max", "memory.current")),
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_free_memory_is_what_every_control_group_leaves(version, tmp_path):
+    mine, top, names = VERSIONS[version]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 1 kB\nMemAvailable:   67108864 kB\n")
+    assert outofcore.free_memory(tmp_path) == 64 * GIB
+    (tmp_path / "proc/self/cgroup").write_text(mine)
+    assert outofcore.free_memory(tmp_path) == 64 * GIB
+    root = tmp_path / "sys/fs/cgroup" / top
+    group(root, names, "max" if version == 2 else 2**63 - 4096, 40 * GIB, 0)
+    assert outofcore.free_memory(tmp_path) == 64 * GIB
+    group(root / "job", names, 32 * GIB, 31 * GIB, 20 * GIB)  # most of it is a file that was read
+    assert outofcore.free_memory(tmp_path) == 21 * GIB
+    group(root / "job/step", names, 8 * GIB, 3 * GIB, GIB)
+    assert outofcore.free_memory(tmp_path) == 6 * GIB
+    group(root / "job/step", names, 2 * GIB, 3 * GIB, 0)
+    assert outofcore.free_memory(tmp_path) == 0
+
+
 def test_what_the_estimate_decides(source, tmp_path, monkeypatch):
     """Automatic: by a sample of the cells against the memory that is free."""
     said = []
