@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scviaduct.errors import InputError
+from scviaduct.families.registered import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -120,7 +121,7 @@ def own_batches(model: Any, names: Sequence[str]) -> list[Any]:
         That :func:`require_batches` passed.
     """
     known = model.adata_manager.get_state_registry("batch")["categorical_mapping"]
-    of_text = {str(value): value for value in known}
+    of_text = {text_of(value): value for value in known}
     return [of_text[name] for name in names] or [None]
 
 

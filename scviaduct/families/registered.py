@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from scviaduct.errors import UnsupportedModelError
 
@@ -44,9 +46,23 @@ def state_of(registry: dict[str, Any], field: str) -> dict[str, Any]:
     return dict(found)
 
 
+def text_of(value: Any) -> str:
+    """A category as text, spelled as sources spell it (:func:`scviaduct.sources.obs.as_text`): 1.0 is ``1``.
+
+    Whole numbers become real ones in pandas where one is missing, and scvi-tools compares categories by value.
+    """
+    return str(pa.scalar(value).cast(pa.string())) if isinstance(value, float | np.floating) else str(value)
+
+
 def texts(values: Any) -> tuple[str, ...]:
     """Categories as text."""
-    return tuple(str(value) for value in values)
+    return tuple(text_of(value) for value in values)
+
+
+def column_texts(column: pd.Series[Any]) -> pd.Series[str]:
+    """An obs column as text, its categories spelled as :func:`text_of` does."""
+    codes, values = pd.factorize(column.astype(object), use_na_sentinel=False)
+    return pd.Series(np.array(texts(values), object)[codes], index=column.index, name=column.name)
 
 
 def common_facts(registry: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +116,6 @@ def own_categories(registry: dict[str, Any], cells: AnnData, facts: Facts) -> An
     own = cells.copy()
     for key, values in known.items():
         if key in own.obs:
-            of_text = {str(value): value for value in values}
-            own.obs[key] = pd.Categorical([of_text.get(text, text) for text in own.obs[key].astype(str)])
+            of_text = {text_of(value): value for value in values}
+            own.obs[key] = pd.Categorical([of_text.get(text, text) for text in column_texts(own.obs[key])])
     return own

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from scviaduct.errors import InputError
+from scviaduct.families.registered import texts
 from scviaduct.families.slots import BATCH, SAMPLE, covariate
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _extend_covariate(state: dict[str, Any], name: str, names: Sequence[str]) ->
 
 def _categories(known: Any, names: Sequence[str]) -> npt.NDArray[np.object_]:
     """Categories with further ones; as text, because scvi-tools sorts them and cannot sort 1 and ``"two"``."""
-    return np.array([*(str(value) for value in known), *names], dtype=object)
+    return np.array([*texts(known), *names], dtype=object)
 
 
 def _extend_masks(state: dict[str, Any], n_more: int) -> None:

@@ -22,6 +22,7 @@ from scipy import sparse
 from scviaduct.errors import InputError
 from scviaduct.families import MODALITY
 from scviaduct.families import family as family_of
+from scviaduct.families.registered import column_texts
 from scviaduct.references.features import Features, choose_features, common_features
 from scviaduct.references.outofcore import Place, Spool
 from scviaduct.sources import open_source
@@ -245,5 +246,5 @@ def _with_labels(cells: AnnData, recipe: Recipe) -> AnnData:
             values = cells.obs[column].astype(object)
             if column == recipe.labels_key:
                 values = values.where(values.notna(), recipe.unlabeled_category)
-            cells.obs[column] = pd.Categorical(values.astype(str))
+            cells.obs[column] = pd.Categorical(column_texts(values))
     return cells

@@ -12,6 +12,7 @@ import pandas as pd
 from scviaduct.errors import InputError
 from scviaduct.families import Recipe
 from scviaduct.families import family as family_of
+from scviaduct.families.registered import column_texts
 from scviaduct.families.vae import quiet
 from scviaduct.references.building import build_package
 from scviaduct.references.features import Features
@@ -106,12 +107,12 @@ class Start:
         facts, base = self.reference, family_of(self.reference.family)
         known = {facts.batch_key: facts.batch_categories} if facts.batch_key else {}
         for key, values in {**known, **facts.categorical_covariates}.items():
-            there = set(cells.obs[key].astype(str))
+            there = set(column_texts(cells.obs[key]))
             if there != set(values):
                 odd = sorted(there.symmetric_difference(values))
                 told = f"'{key}' of the cells and of --from {self.name} differ in {', '.join(odd[:5])}"
                 raise InputError(f"{told}.", "Train on the cells of that reference, or without --from.")
-            cells.obs[key] = pd.Categorical(cells.obs[key].astype(str), categories=list(values))
+            cells.obs[key] = pd.Categorical(column_texts(cells.obs[key]), categories=list(values))
         told_of = self._saved.attr_dict["init_params_"]
         arguments = dict(told_of["non_kwargs"]) | {k: v for part in told_of["kwargs"].values() for k, v in part.items()}
         for name in ("adata", "registry", "datamodule"):

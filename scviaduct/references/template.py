@@ -16,6 +16,7 @@ from scipy import sparse
 
 from scviaduct.errors import PackageError
 from scviaduct.families import MODALITY, Covariates, family
+from scviaduct.families.registered import column_texts
 from scviaduct.families.vae import quiet
 from scviaduct.references.package import TEMPLATE
 from scviaduct.references.saved.contained import check_contained
@@ -144,7 +145,7 @@ def _codes(obs: pd.DataFrame, column: str, categories: tuple[str, ...]) -> Any:
     if column not in obs:
         told = f"The data has no obs column '{column}', which the encoder reads."
         raise PackageError(told, "Is it the model's data?")
-    values = obs[column].astype(str)
+    values = column_texts(obs[column])
     codes = pd.Index(categories).get_indexer(pd.Index(values))
     if (codes < 0).any():
         bad = values.iloc[int(np.flatnonzero(codes < 0)[0])]

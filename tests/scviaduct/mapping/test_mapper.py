@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import scvi
@@ -20,6 +21,7 @@ from scviaduct.families.vae import quiet
 from scviaduct.mapping.mapper import Mapper, model_columns
 from scviaduct.mapping.reading import read_block
 from scviaduct.references.building import build_package
+from scviaduct.references.training import Recipe, train
 from scviaduct.values import Settings
 
 
@@ -304,6 +306,33 @@ def test_batches_that_are_not_text(blocks, write, make_cells, trained, column):
     (block,) = blocks(write(query), reference)
     query.obs[column] = query.obs[column].astype(str).astype("category")
     latent = by_loading(reference, query)
+    assert np.abs(Mapper(reference, Settings()).map(block).latent - latent).max() / latent.std() <= 1e-5
+
+
+def test_categories_that_are_real_numbers(blocks, write, make_cells, tmp_path):
+    """Whole numbers become them in pandas where one is missing; sources spell 1.0 as 1."""
+    cells = make_cells(120, 7, pool=pd.Categorical([(1.0, 2.0, 0.5)[i % 3] for i in range(120)]))
+    told = cells.copy()
+    with quiet():
+        scvi.model.SCVI.setup_anndata(told, batch_key="pool")
+        model = scvi.model.SCVI(told, encode_covariates=True, n_hidden=8, n_latent=3)
+        model.train(1, accelerator="cpu")
+        model.save(str(tmp_path / "model"), save_anndata=True)
+        latent = model.get_latent_representation()
+    reference = build_package(tmp_path / "model", tmp_path / "package", "pools")
+    assert reference.batch_categories == ("0.5", "1", "2")
+    (block,) = blocks(write(cells), reference)
+    assert np.abs(Mapper(reference, Settings()).map(block).latent - latent).max() / latent.std() <= 1e-5
+
+
+def test_a_reference_trained_on_categories_that_are_real_numbers(blocks, write, make_cells, tmp_path):
+    cells = make_cells(120, 7, pool=pd.Categorical([(1.0, 2.0, 0.5)[i % 3] for i in range(120)]))
+    recipe = Recipe(family="scvi", genes=0, epochs=1, batch_key="pool", settings={"encode_covariates": "True"})
+    reference = train(str(write(cells)), replace(recipe, device="cpu"), tmp_path / "out")
+    assert reference.batch_categories == ("0.5", "1", "2")
+    (block,) = blocks(write(cells), reference)
+    cells.obs["pool"] = cells.obs["pool"].map({1.0: "1", 2.0: "2", 0.5: "0.5"})
+    latent = by_loading(reference, cells)
     assert np.abs(Mapper(reference, Settings()).map(block).latent - latent).max() / latent.std() <= 1e-5
 
 
