@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import cellxgene_census
 import requests
 import tiledbsoma
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 KEY = "observation_joinid"
 DATASET = "dataset_id"
 _MOVING = ("latest", "stable")
-ANONYMOUS = {"vfs.s3.no_sign_request": "true", "vfs.s3.region": "us-west-2"}
-"""How ``cellxgene_census`` opens a collection on S3 that it is given the address of."""
 
 
 class CensusSource(SomaSource):
@@ -44,10 +43,11 @@ class CensusSource(SomaSource):
     def _open_experiment(self, address: Address) -> Any:
         self._mirror = address.parameters.get("uri")
         self._organism = address.parameters.get("organism", "homo_sapiens")
+        context = cellxgene_census.get_default_soma_context(tiledb_config=buffers())
         if self._mirror:
-            self._release, collection = address.location, self._open_mirror(self._mirror)
+            self._release, collection = address.location, self._open_mirror(self._mirror, context)
         else:
-            self._release, collection = _open_release(address.location)
+            self._release, collection = _open_release(address.location, context)
         self._collection = self._handles.enter_context(collection)
         self._where = quoted_url(self._mirror) if self._mirror else f"census:{self._release}"
         if "census_data" not in collection:
@@ -64,11 +64,9 @@ class CensusSource(SomaSource):
         return collection["census_data"][self._organism]
 
     @staticmethod
-    def _open_mirror(mirror: str) -> Any:
-        # As cellxgene_census.open_soma(uri=...) does, whose import takes each process a second and a half.
-        context = tiledbsoma.SOMATileDBContext(tiledb_config=ANONYMOUS | buffers())
+    def _open_mirror(mirror: str, context: Any) -> Any:
         try:
-            return tiledbsoma.open(str(local_path(mirror) or mirror), soma_type=tiledbsoma.Collection, context=context)
+            return cellxgene_census.open_soma(uri=str(local_path(mirror) or mirror), context=context)
         except (*SOMA_ERRORS, KeyError) as error:
             kind = NothingThereError if isinstance(error, tiledbsoma.DoesNotExistError) else SourceError
             raise kind(
@@ -120,11 +118,8 @@ class CensusSource(SomaSource):
         return {**super().describe(), "kind": "census", "release": self._release, "organism": self._organism}
 
 
-def _open_release(release: str) -> tuple[str, Any]:
+def _open_release(release: str, context: Any) -> tuple[str, Any]:
     """Release date of a name, and the open collection."""
-    import cellxgene_census  # takes a second and a half, with anndata and what that brings
-
-    context = cellxgene_census.get_default_soma_context(tiledb_config=buffers())
     try:
         date = str(cellxgene_census.get_census_version_description(release)["release_build"])
         return date, cellxgene_census.open_soma(census_version=date, context=context)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,7 +13,7 @@ import tiledbsoma
 from cellxgene_census import _release_directory
 
 from scviaduct.errors import FilterError, SourceError
-from scviaduct.sources import census, open_source
+from scviaduct.sources import open_source
 
 
 @pytest.mark.filterwarnings("ignore:Transforming to str index")  # of what cellxgene_census makes
@@ -107,18 +105,6 @@ def directory(census_collection, monkeypatch):
         yield
         server.shutdown()
         thread.join()
-
-
-def test_a_collection_is_opened_without_what_releases_are_found_with(census_collection):
-    code = f"""
-import sys
-from scviaduct.sources import open_source
-with open_source("census:benchmark?uri={census_collection}") as source:
-    sys.exit(source.scan(500).shards == () or "cellxgene_census" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
-    # ... and as cellxgene_census opens it
-    assert census.ANONYMOUS.items() <= cellxgene_census.get_default_soma_context().tiledb_config.items()
 
 
 def test_live_release_is_resolved_once_and_pinned_by_its_date(directory):
