@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -149,6 +150,22 @@ def test_two_processes_do_not_train_into_one_folder(source, tmp_path):
         train(source, told, tmp_path / "out")
 
     with pytest.raises(InputError, match=r"Another process is training into '\.out\.training'\. Wait for it"):
+        train(source, told, tmp_path / "out", inside)
+
+
+# filelock says that it locks by a file's being there instead.
+@pytest.mark.filterwarnings("ignore:flock not supported on this filesystem")
+def test_a_file_system_without_locks_is_trained_on(source, tmp_path, monkeypatch):
+    def lacking(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", lacking)
+    told = recipe("scvi", epochs=1)
+
+    def inside(*_):
+        train(source, told, tmp_path / "out")
+
+    with pytest.raises(InputError, match="Another process is training"):
         train(source, told, tmp_path / "out", inside)
 
 

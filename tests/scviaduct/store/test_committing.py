@@ -10,12 +10,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scviaduct.errors import StoreError
-from scviaduct.store import Space, Store
+from scviaduct.store import Space, Store, committing
 from scviaduct.store.staging import record_path
 from tests.scviaduct.store.synthetic import Lab, process
 
@@ -337,6 +338,13 @@ def test_processes_at_once_lose_nothing(lab):
     }
     assert len(found) == 11 + 8
     assert all(0 <= int(key[1:]) - stamp < 4 for (_, key), stamp in found.items() if int(key[1:]) < 100)
+
+
+def test_ids_of_all_fresh_units_of_a_dataset_may_be_joined(lab):
+    """Together they may come to 2 GiB, which plain strings do not hold."""
+    lab.put(range(5))
+    (pair,) = lab.space.snapshot().pairs.values()
+    assert committing._observation_ids(lab.space.path / "cells" / pair.cells.path).type == pa.large_string()
 
 
 # A full disk
