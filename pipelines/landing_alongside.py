@@ -58,14 +58,16 @@ class Beside:
         return replace(result, written=result.written + new, reused=result.reused - new)
 
 
-def require_place(out: str, source: Source, piece_cells: int) -> None:
-    """Refuse a folder that a run cannot land its source into.
+def require_place(out: str | None, source: Source, piece_cells: int) -> None:
+    """Refuse a folder that a run cannot land its source into; None is none to look at.
 
     Raises
     ------
     InputError
         If it holds another source, other pieces, or something else.
     """
+    if out is None:
+        return
     landing = Landing.at(out)
     there = landing.manifest() if landing.is_there else None
     require_same(landing, there, source.uri)
@@ -77,14 +79,19 @@ def require_place(out: str, source: Source, piece_cells: int) -> None:
 
 
 @contextmanager
-def landing_beside(out: str, source: Source, scan: Scan, piece_cells: int, progress: Reporter) -> Iterator[Beside]:
-    """Land a run's source while the block lasts.
+def landing_beside(
+    out: str | None, source: Source, scan: Scan, piece_cells: int, progress: Reporter
+) -> Iterator[Beside | None]:
+    """Land a run's source while the block lasts; None where no landing is asked for.
 
     Raises
     ------
     InputError
         If the folder holds another source, other pieces, or something else.
     """
+    if out is None:
+        yield None
+        return
     landing = Landing.at(out)
     with landing.writing():
         require_place(out, source, piece_cells)  # inside, so that nobody lands between the look and the lock

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cluster.connect import connect, require_answer
 from pipelines.jobs import SHARD_CELLS
+from pipelines.landing_alongside import landing_beside, require_place
 from pipelines.progress import reporter
 from pipelines.query import Asked, Query, batches_of_query, scan_query, told_surgery
 from pipelines.results import Clock, MapResult, MapResults, Told
@@ -26,9 +27,7 @@ from scviaduct.values import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from contextlib import AbstractContextManager
 
-    from pipelines.landing_alongside import Beside
     from pipelines.progress import Reporter
     from scviaduct.landing.alongside import Alongside
     from scviaduct.mapping.preflight import Report
@@ -154,35 +153,16 @@ def map(  # type: ignore[misc]  # noqa: A001
     with reporter(quiet=quiet) as progress, open_source(source) as opened:
         queries = _queries(opened, asked, settings, keep_obs, shard_cells, accept, clock)
         if dry_run:
-            _require_place(land, opened, shard_cells)
+            require_place(land, opened, shard_cells)
             results, landed = [_planned(query, store, clock) for query in queries], None
         else:
             on = (address, actors, readers, gpus_per_actor)
             kept = Store.create(store)
-            with _landing_beside(land, opened, queries[0].scan, shard_cells, progress) as beside:
+            with landing_beside(land, opened, queries[0].scan, shard_cells, progress) as beside:
                 alongside = beside.shards if beside else None
                 results = _mapped(queries, kept, progress, clock, engine, on, alongside)
                 landed = beside.finish(engine, address, readers) if beside else None
     return replace(results[0], landing=landed) if isinstance(reference, str) else MapResults(tuple(results), landed)
-
-
-def _require_place(land: str | None, source: Source, shard_cells: int) -> None:
-    """Refuse a folder that the source cannot be landed into."""
-    if land is not None:
-        from pipelines.landing_alongside import require_place
-
-        require_place(land, source, shard_cells)
-
-
-def _landing_beside(
-    land: str | None, source: Source, scan: Scan, shard_cells: int, progress: Reporter
-) -> AbstractContextManager[Beside | None]:
-    """Land the source while the block lasts, if that is asked for: zarr takes a third of a second to import."""
-    if land is None:
-        return nullcontext()
-    from pipelines.landing_alongside import landing_beside
-
-    return landing_beside(land, source, scan, shard_cells, progress)
 
 
 def _packages(names: Sequence[str]) -> list[Reference]:

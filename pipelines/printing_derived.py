@@ -7,14 +7,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import typer
 
 from pipelines.printing import SHOWN_ROWS, dump, facts_table, quarantined, some, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import pandas as pd
 
     from pipelines.derived import DeriveResult
 
@@ -65,7 +64,7 @@ def derived(found: DeriveResult, out: str | None, *, as_json: bool) -> None:
         for name, rows in found.tables.items():
             path = Path(out, f"{found.name}.{name}.csv")
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows.to_csv(path, index=not _is_numbered(rows))
+            rows.to_csv(path, index=not isinstance(rows.index, pd.RangeIndex))
     if as_json:
         tables = {name: json.loads(rows.to_json(orient="records")) for name, rows in found.tables.items()}
         told = {field.name: getattr(found, field.name) for field in fields(found) if field.name != "tables"}
@@ -88,15 +87,8 @@ def derived(found: DeriveResult, out: str | None, *, as_json: bool) -> None:
         typer.echo(f"Version {found.version} has {what} ({'; '.join([*more, f'{found.seconds} s'])}).")
 
 
-def _is_numbered(rows: pd.DataFrame) -> bool:
-    """Whether rows have no names."""
-    from pandas import RangeIndex  # takes 0.3 s, which no command's --help should wait for
-
-    return isinstance(rows.index, RangeIndex)
-
-
 def _frame(rows: pd.DataFrame, title: str) -> None:
-    named = rows if _is_numbered(rows) else rows.reset_index()
+    named = rows if isinstance(rows.index, pd.RangeIndex) else rows.reset_index()
     shown = named.iloc[:SHOWN_ROWS, :_SHOWN_COLUMNS]
     table([str(name) for name in shown.columns], shown.astype(object).to_numpy().tolist(), title=title)
     left = [(len(named) - SHOWN_ROWS, "row"), (named.shape[1] - _SHOWN_COLUMNS, "column")]

@@ -142,11 +142,10 @@ class Registry:
         PackageError
             If there is neither.
         """
-        if not _NAME.fullmatch(name) and (Path(name) / MANIFEST).exists():
-            return Reference.load(Path(name).absolute())
-        self._finish_replacing()
-        if _NAME.fullmatch(name) and (self._folder / name / MANIFEST).exists():
-            return Reference.load(self._folder / name)
+        if _NAME.fullmatch(name):  # what is a path only needs no home
+            self._finish_replacing()
+            if (self._folder / name / MANIFEST).exists():
+                return Reference.load(self._folder / name)
         if (Path(name) / MANIFEST).exists():
             return Reference.load(Path(name).absolute())
         names = [path.parent.name for path in sorted(self._folder.glob(f"[!.]*/{MANIFEST}"))]
