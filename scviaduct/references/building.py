@@ -13,6 +13,7 @@ import pandas as pd
 
 from scviaduct.errors import PackageError, ScviaductError, UnsupportedModelError
 from scviaduct.families import MODALITY, family
+from scviaduct.families.registered import column_texts
 from scviaduct.families.vae import quiet
 from scviaduct.references.fetching.cached import DATA, data_names, is_package, prefix_of
 from scviaduct.references.latents import ReferenceLatents
@@ -270,7 +271,8 @@ def _encoded(data: AnnData, labels: list[str | None], facts: Facts, encoder: Enc
 def _labels(data: AnnData, key: str, none: str) -> list[str | None]:
     if not key or key not in data.obs:
         return [None] * data.n_obs
-    return [None if pd.isna(v) or str(v) == none else str(v) for v in data.obs[key]]
+    missing, texts = data.obs[key].isna(), column_texts(data.obs[key])
+    return [None if lacking or text == none else text for lacking, text in zip(missing, texts, strict=True)]
 
 
 def _write_manifest(

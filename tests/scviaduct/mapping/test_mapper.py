@@ -319,8 +319,9 @@ def test_categories_that_are_real_numbers(blocks, write, make_cells, tmp_path):
         model.train(1, accelerator="cpu")
         model.save(str(tmp_path / "model"), save_anndata=True)
         latent = model.get_latent_representation()
-    reference = build_package(tmp_path / "model", tmp_path / "package", "pools")
+    reference = build_package(tmp_path / "model", tmp_path / "package", "pools", labels_key="pool")
     assert reference.batch_categories == ("0.5", "1", "2")
+    assert set(reference.latents().labels) == {"0.5", "1", "2"}
     (block,) = blocks(write(cells), reference)
     assert np.abs(Mapper(reference, Settings()).map(block).latent - latent).max() / latent.std() <= 1e-5
 
